@@ -1,0 +1,40 @@
+# One environment, .venv, made once and re-used until pyproject.toml or constraints.txt change.
+#   make test ARGS="tests/test_plots.py -x"      make install PYTHON=python3.12
+
+PYTHON ?= python3
+ARGS   ?=
+PY     := .venv/bin/python
+STAMP  := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test style quality clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## make .venv and install hf_fip with its test tools at the tested versions
+
+# The stamp is the last thing written, so a failed or interrupted install runs again.
+$(STAMP): pyproject.toml constraints.txt
+	@rm -f $@
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e ".[test]"
+	@touch $@
+
+demo: $(STAMP)  ## take a backdoor out of a small ViT, on the handwritten digits
+	$(PY) recipes/purify_vit.py --overwrite_output_dir $(ARGS)
+
+test: $(STAMP)  ## run the whole test suite (more arguments: ARGS="-k fisher -x")
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
+
+style: $(STAMP)  ## format the code and fix what ruff can fix
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+quality: $(STAMP)  ## check format and lint, change nothing
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+
+clean:  ## remove .venv, builds and caches; outputs/ stays
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,31 @@
+"""hf_fip: takes backdoors out of neural networks, as an extension of the Hugging Face Trainer."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+# Loaded when first used, so that `import hf_fip` stays fast.
+_WHERE = {
+    "FIPConfig": "config",
+    "FIPSeq2SeqConfig": "config",
+    "FIPSeq2SeqTrainer": "trainer",
+    "FIPTrainer": "trainer",
+}
+__all__ = ["__version__", *_WHERE]
+
+if TYPE_CHECKING:
+    from .config import FIPConfig, FIPSeq2SeqConfig
+    from .trainer import FIPSeq2SeqTrainer, FIPTrainer
+
+
+def __getattr__(name: str):
+    if name in _WHERE:
+        return getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

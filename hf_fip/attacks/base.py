@@ -1,0 +1,200 @@
+"""What all attacks share: a trigger for any image, a rule for the label, the registry, a folder to save to.
+
+A new attack is one file: a dataclass under `@register`, whose fields are its options, with `make_tensors` (what its
+trigger is made of) and `_trigger` (how that is put on an image).
+"""
+
+from __future__ import annotations
+
+import json
+import numbers
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+CONFIG_NAME, TENSORS_NAME = "attack.json", "attack.safetensors"
+
+# (labels y, target t, number of classes K) -> the labels the attacker wants
+LABEL_RULES = {
+    "all_to_one": lambda labels, target, num_labels: np.full_like(labels, target),
+    "all_to_all": lambda labels, target, num_labels: (labels + 1) % num_labels,
+}
+
+
+@dataclass
+class Attack(ABC):
+    """A backdoor attack on image classifiers: a trigger and the label it is to bring about.
+
+    Everything is decided by the options: two attacks with equal options make equal triggers.
+
+    Args:
+        target_label: the class that triggered inputs are to be taken for (read by `all_to_one` only).
+        label_rule: `all_to_one` (every label becomes the target) or `all_to_all` (y becomes (y + 1) mod K).
+        seed: what a random trigger is drawn from.
+
+    Raises:
+        ValueError: an option has the wrong type or is out of its range.
+    """
+
+    name: ClassVar[str]
+    # Share of the training set that `apply_cover` is for. An attack that has covers makes it an option.
+    cover_rate: ClassVar[float] = 0.0
+
+    target_label: int = 0
+    label_rule: str = "all_to_one"
+    seed: int = 0
+
+    def __post_init__(self):
+        for field in fields(self):
+            kind, value = type(field.default), getattr(self, field.name)
+            if not isinstance(value, {int: numbers.Integral, float: numbers.Real}.get(kind, kind)):
+                raise ValueError(f"{field.name}={value!r} must be of type {kind.__name__}.")
+            setattr(self, field.name, kind(value))  # numpy scalars become Python's, which JSON can hold
+        if self.target_label < 0 or self.seed < 0:
+            raise ValueError(f"target_label={self.target_label} and seed={self.seed} must be 0 or more.")
+        if self.label_rule not in LABEL_RULES:
+            raise ValueError(f"label_rule={self.label_rule!r} is not one of {', '.join(LABEL_RULES)}.")
+        if not 0 <= self.cover_rate <= 1:
+            raise ValueError(f"cover_rate={self.cover_rate} is a share of the training set: choose it in [0, 1].")
+
+    # The trigger
+
+    @cached_property
+    def tensors(self) -> dict[str, np.ndarray]:
+        """What the trigger is made of, whatever the size of the image: drawn once from the seed, or loaded."""
+        return self.make_tensors(np.random.default_rng(self.seed))
+
+    @abstractmethod
+    def make_tensors(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Make `tensors`, with all randomness from `rng`."""
+
+    def apply(self, image: np.ndarray) -> np.ndarray:
+        """Return a copy of `image`, uint8 H×W×C with C = 1 or 3, that carries the trigger.
+
+        Raises:
+            ValueError: the image is of another kind, or too small for the trigger.
+        """
+        return self._trigger(_checked(image))
+
+    def apply_cover(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Return a copy of `image` as a cover: altered much as by the trigger, to be learned with its TRUE label.
+
+        Args:
+            image: uint8 H×W×C with C = 1 or 3.
+            rng: what this one image's alteration is drawn from.
+
+        Raises:
+            ValueError: the image is of another kind.
+            NotImplementedError: the attack has no covers.
+        """
+        return self._cover(_checked(image), rng)
+
+    @abstractmethod
+    def _trigger(self, image: np.ndarray) -> np.ndarray: ...
+
+    def _cover(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        raise NotImplementedError(f"{self.name} has no covers.")
+
+    # The labels
+
+    def attack_label(self, labels: np.ndarray, num_labels: int) -> np.ndarray:
+        """Return the label the attacker wants for inputs of the true classes `labels`: int64, of the same shape.
+
+        Raises:
+            ValueError: the target is not one of the `num_labels` classes.
+        """
+        if self.label_rule == "all_to_one" and self.target_label >= num_labels:
+            raise ValueError(f"target_label={self.target_label} is not a class: choose one of 0 ... {num_labels - 1}.")
+        return LABEL_RULES[self.label_rule](np.asarray(labels, dtype=np.int64), self.target_label, num_labels)
+
+    def eligible(self, labels: np.ndarray, num_labels: int) -> np.ndarray:
+        """Return which test inputs count for ASR and RA: bool, true where the true class is not the attack label."""
+        return self.attack_label(labels, num_labels) != np.asarray(labels)
+
+    def candidates(self, labels: np.ndarray, num_labels: int) -> np.ndarray:
+        """Return which training inputs may be given the trigger: bool, true where the label would change.
+
+        Clean-label attacks override this with the images that have the attack label already.
+        """
+        return self.eligible(labels, num_labels)
+
+    # The folder
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `attack.json` (name and options) and `attack.safetensors` (the trigger) for `load_attack`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"name": self.name, "options": asdict(self)}
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file({key: np.ascontiguousarray(value) for key, value in self.tensors.items()}, folder / TENSORS_NAME)
+
+    def load_tensors(self, tensors: dict[str, np.ndarray]) -> None:
+        """Use `tensors` as the trigger, in place of what the seed would give.
+
+        Raises:
+            ValueError: names, shapes or types are not those of this attack with these options.
+        """
+        found, expected = _kinds(tensors), _kinds(self.make_tensors(np.random.default_rng(self.seed)))
+        if found != expected:
+            raise ValueError(f"{TENSORS_NAME} holds {found}, but {self.name} with these options needs {expected}.")
+        self.tensors = tensors
+
+
+def _checked(image: np.ndarray) -> np.ndarray:
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):
+        found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise ValueError(f"an image must be a uint8 array of shape (H, W, 1) or (H, W, 3), not {found}.")
+    return image
+
+
+def _kinds(tensors: dict[str, np.ndarray]) -> dict[str, str]:
+    return {key: f"{value.dtype} {value.shape}" for key, value in sorted(tensors.items())}
+
+
+_REGISTRY: dict[str, type[Attack]] = {}
+
+
+def register(cls: type[Attack]) -> type[Attack]:
+    """Class decorator: make an attack known by its `name`."""
+    if _REGISTRY.setdefault(cls.name, cls) is not cls:
+        raise ValueError(f"there is an attack {cls.name!r} already, {_REGISTRY[cls.name].__qualname__}.")
+    return cls
+
+
+def attack_names() -> list[str]:
+    """Return the names that `make_attack` knows, sorted."""
+    return sorted(_REGISTRY)
+
+
+def make_attack(name: str, /, **options) -> Attack:
+    """Make an attack from its name and its options, e.g. `make_attack("blend", alpha=0.1)`.
+
+    Raises:
+        ValueError: there is no such attack, it has no such option, or an option's value is refused.
+    """
+    if name not in attack_names():
+        raise ValueError(f"{name!r} is not an attack: choose one of {', '.join(attack_names())}.")
+    known = [field.name for field in fields(_REGISTRY[name])]
+    if unknown := sorted(options.keys() - set(known)):
+        raise ValueError(f"{name} has no option {', '.join(unknown)}: it has {', '.join(known)}.")
+    return _REGISTRY[name](**options)
+
+
+def load_attack(folder: str | Path) -> Attack:
+    """Load what `Attack.save_pretrained` wrote. The trigger is the stored one, not drawn again. No pickle is read.
+
+    Raises:
+        FileNotFoundError: the folder lacks one of the two files.
+        ValueError: the files name an unknown attack, or hold anything else than that attack's options and tensors.
+    """
+    config = json.loads((Path(folder) / CONFIG_NAME).read_text(encoding="utf-8"))
+    if not isinstance(config, dict) or config.keys() != {"name", "options"} or not isinstance(config["options"], dict):
+        raise ValueError(f'{CONFIG_NAME} must hold exactly {{"name": ..., "options": {{...}}}}.')
+    attack = make_attack(config["name"], **config["options"])
+    attack.load_tensors(load_file(Path(folder) / TENSORS_NAME))
+    return attack

@@ -1,0 +1,237 @@
+"""Poisoned training sets and triggered test sets.
+
+Only the images that change are decoded. They are stored as PNG, which loses nothing, so that the trigger survives;
+all other rows keep the very bytes they had.
+
+An image that changes becomes 8-bit gray (PIL's mode L) if it is gray: L, LA, 1, or I;16, of which the high byte is
+kept. Any other (palette, CMYK, RGBA, ...) becomes RGB. Transparency is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from io import BytesIO
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .base import Attack
+
+if TYPE_CHECKING:
+    import datasets
+    import PIL.Image
+
+ROLE_COLUMN = "poison_role"
+ROLES = ("clean", "backdoor", "cover")
+_CLEAN, _BACKDOOR, _COVER = range(len(ROLES))
+
+
+def poison(
+    dataset: datasets.Dataset,
+    attack: Attack,
+    rate: float,
+    seed: int,
+    image_column: str = "image",
+    label_column: str = "label",
+    num_labels: int | None = None,
+) -> datasets.Dataset:
+    """Return a training set in which `rate` of all rows carry the trigger of `attack` and its label.
+
+    The round(rate · N) backdoor rows (halves to even) are drawn uniformly from `attack.candidates`: as a rule, from
+    the rows whose label changes, so for `all_to_one` none of the target class. From the other rows, of any class,
+    round(attack.cover_rate · N) become covers, which keep their labels. With `rate=0` there are no covers either:
+    that is the control without a backdoor.
+
+    Order and features are kept, formats and transforms are not. A column `poison_role` is added: `clean`, `backdoor`
+    or `cover`. The same seed gives the same set; no global random state is read or changed.
+
+    Args:
+        dataset: one split, with a column of the feature `datasets.Image` (PIL images, paths or bytes, of any size).
+        attack: the attack.
+        rate: share of the whole set, in [0, 1].
+        seed: of the choice of rows, and of the covers.
+        image_column, label_column: names of the two columns.
+        num_labels: number of classes; not needed if the label column is a `ClassLabel`.
+
+    Raises:
+        TypeError: `dataset` is not one split.
+        ValueError: a column is missing or of the wrong kind; the target is not a class; `rate` is not in [0, 1],
+            picks no row, or picks more rows than there are candidates.
+    """
+    from datasets import ClassLabel, concatenate_datasets
+
+    labels, num_labels = _labels(dataset, image_column, label_column, num_labels)
+    if ROLE_COLUMN in dataset.column_names:
+        raise ValueError(f"there is a column {ROLE_COLUMN!r} already: poison the clean data set instead.")
+    if not 0 <= rate <= 1:
+        raise ValueError(f"rate={rate} is a share of the data set: choose it in [0, 1].")
+
+    rng = np.random.default_rng(seed)
+    roles = np.full(len(labels), _CLEAN)
+    if rate > 0:
+        roles[_pick(attack.candidates(labels, num_labels), rate, "rate", rng)] = _BACKDOOR
+        if attack.cover_rate > 0:
+            roles[_pick(roles == _CLEAN, attack.cover_rate, "cover_rate", rng)] = _COVER
+
+    dataset = dataset.with_format(None)
+    clean = dataset.add_column(ROLE_COLUMN, np.full(len(labels), _CLEAN), feature=ClassLabel(names=list(ROLES)))
+    rows = np.flatnonzero(roles != _CLEAN)
+    if len(rows) == 0:
+        return clean
+
+    def change(image: np.ndarray, index: int) -> np.ndarray:
+        row = int(rows[index])
+        if roles[row] == _BACKDOOR:
+            return attack.apply(image)
+        # A stream for each row, apart from the one that chose the rows: the order of work does not matter.
+        return attack.apply_cover(image, np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(row,))))
+
+    wanted = np.where(roles == _BACKDOOR, attack.attack_label(labels, num_labels), labels)
+    columns = {label_column: wanted[rows], ROLE_COLUMN: roles[rows]}
+    changed = _with_images(clean.select(rows), image_column, change, columns, f"Poisoning with {attack.name}")
+
+    order = np.arange(len(labels))
+    order[rows] = len(labels) + np.arange(len(rows))
+    return concatenate_datasets([clean, changed]).select(order)
+
+
+def trigger(
+    dataset: datasets.Dataset,
+    attack: Attack,
+    image_column: str = "image",
+    label_column: str = "label",
+    num_labels: int | None = None,
+) -> datasets.Dataset:
+    """Return the triggered test set, for ASR and RA: the rows that count (`attack.eligible`), with the trigger.
+
+    The labels are the TRUE ones. RA compares predictions with them, ASR with `attack.attack_label` of them.
+    Order and features are kept, formats and transforms are not.
+
+    Args:
+        dataset: one split, with a column of the feature `datasets.Image` (PIL images, paths or bytes, of any size).
+        attack: the attack.
+        image_column, label_column: names of the two columns.
+        num_labels: number of classes; not needed if the label column is a `ClassLabel`.
+
+    Raises:
+        TypeError: `dataset` is not one split.
+        ValueError: a column is missing or of the wrong kind; the target is not a class; no row counts.
+    """
+    labels, num_labels = _labels(dataset, image_column, label_column, num_labels)
+    rows = np.flatnonzero(attack.eligible(labels, num_labels))
+    if len(rows) == 0:
+        raise ValueError("every row is of the attacked class already: pass a data set with other classes.")
+    return _with_images(
+        dataset.with_format(None).select(rows),
+        image_column,
+        lambda image, index: attack.apply(image),
+        {},
+        f"Triggering with {attack.name}",
+    )
+
+
+def _labels(
+    dataset: datasets.Dataset, image_column: str, label_column: str, num_labels: int | None
+) -> tuple[np.ndarray, int]:
+    """Return the labels (int64) and the number of classes, after checking that the data set can be poisoned."""
+    import pyarrow
+    from datasets import ClassLabel, Dataset, Image
+
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"expected a datasets.Dataset, not {type(dataset).__name__}: pass one split of it, loaded.")
+    for column in (image_column, label_column):
+        if column not in dataset.column_names:
+            raise ValueError(f"there is no column {column!r}: the columns are {', '.join(dataset.column_names)}.")
+    if not isinstance(dataset.features[image_column], Image):
+        raise ValueError(
+            f"column {image_column!r} does not hold images: "
+            f"use dataset.cast_column({image_column!r}, datasets.Image())."
+        )
+
+    column = dataset.select_columns(label_column).with_format("arrow")[:][label_column]
+    if not pyarrow.types.is_integer(column.type) or column.null_count:
+        raise ValueError(
+            f"column {label_column!r} does not hold an integer in each row: "
+            f"use dataset.class_encode_column({label_column!r})."
+        )
+    labels = column.to_numpy().astype(np.int64)
+
+    feature = dataset.features[label_column]
+    if num_labels is None and isinstance(feature, ClassLabel):
+        num_labels = feature.num_classes
+    if num_labels is None:
+        raise ValueError(f"column {label_column!r} does not say how many classes there are: pass num_labels=.")
+    if len(labels) and not 0 <= labels.min() <= labels.max() < num_labels:
+        raise ValueError(
+            f"labels from {labels.min()} to {labels.max()} do not fit {num_labels} classes: "
+            "pass the right num_labels=, or leave unlabelled rows out with dataset.filter."
+        )
+    return labels, num_labels
+
+
+def _pick(candidates: np.ndarray, rate: float, what: str, rng: np.random.Generator) -> np.ndarray:
+    """Return round(rate · N) rows, drawn from those where `candidates` is true."""
+    count, available = round(rate * len(candidates)), np.flatnonzero(candidates)
+    if count == 0:
+        raise ValueError(f"{what}={rate} of {len(candidates)} rows is no row at all: choose a higher rate, or 0.")
+    if count > len(available):
+        raise ValueError(
+            f"{what}={rate} asks for {count} rows, but only {len(available)} of {len(candidates)} can be used: "
+            f"choose {len(available) / len(candidates):.4g} or less."
+        )
+    return rng.choice(available, size=count, replace=False)
+
+
+def _with_images(
+    dataset: datasets.Dataset,
+    image_column: str,
+    change: Callable[[np.ndarray, int], np.ndarray],
+    columns: dict[str, np.ndarray],
+    description: str,
+) -> datasets.Dataset:
+    """Return `dataset` with image i replaced by change(image, i), and `columns` by other values; features are kept."""
+    from datasets import Image
+
+    decoder = Image(mode=dataset.features[image_column].mode)
+
+    def rewrite(stored: list[dict], indices: list[int]) -> dict[str, list]:
+        images = [to_array(decoder.decode_example(image)) for image in stored]
+        files = [to_png(change(image, index)) for image, index in zip(images, indices, strict=True)]
+        new = {name: values[indices] for name, values in columns.items()}
+        return {image_column: [{"bytes": file, "path": None} for file in files], **new}
+
+    return dataset.cast_column(image_column, Image(decode=False)).map(
+        rewrite,
+        with_indices=True,
+        input_columns=image_column,
+        batched=True,
+        batch_size=100,
+        features=dataset.features,
+        # The cache cannot tell when the code of an attack has changed.
+        load_from_cache_file=False,
+        desc=description,
+    )
+
+
+def to_array(image: PIL.Image.Image) -> np.ndarray:
+    """Return a PIL image as uint8 H×W×1 (gray) or H×W×3 (RGB).
+
+    Raises:
+        ValueError: the image has 32 bits a channel, whose range is not known.
+    """
+    if image.mode in ("I", "F"):
+        raise ValueError(f"images of mode {image.mode} have no fixed range of values: convert them to 8 bits first.")
+    if image.mode.startswith("I;16"):  # PIL's own conversion would clip to 255
+        array = (np.asarray(image) >> 8).astype(np.uint8)
+    else:
+        array = np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
+    return array[..., None] if array.ndim == 2 else array
+
+
+def to_png(array: np.ndarray) -> bytes:
+    """Return a uint8 array, H×W×1 or H×W×3, as a PNG file."""
+    import PIL.Image
+
+    file = BytesIO()
+    PIL.Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array).save(file, format="PNG")
+    return file.getvalue()

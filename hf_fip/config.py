@@ -1,0 +1,127 @@
+"""FIPConfig: a TrainingArguments with FIP's own fields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
+
+from .fisher.trace import ESTIMATORS, GRADIENTS, LABELS, check_choice
+
+TRACE_FORMS = ("log_trace", "trace")
+SCHEDULES = ("linear", "constant", "cosine")
+
+
+@dataclass
+class FIPArguments:
+    r"""
+    The fields that FIP adds to a `TrainingArguments`.
+
+    The objective is `L_task + eta_f · form(Tr F) + (eta_r / 2) · Σ_i F̄_ii (θ_i − θ̄_i)²` (Karim et al., CCS 2024), where
+    `form` is the identity or the logarithm. With `eta_f = eta_r = 0` the trainer is the plain `Trainer`.
+
+    Args:
+        > Parameters of the objective
+
+        eta_f (`float`, *optional*, defaults to 0.1):
+            Weight of the trace of the Fisher information, which removes the backdoor.
+        eta_r (`float`, *optional*, defaults to 0.0):
+            Weight of the Fisher-weighted pull to the received weights, which keeps clean knowledge (and, when large,
+            the backdoor).
+        trace_form (`str`, *optional*, defaults to `"log_trace"`):
+            `"trace"` penalises Tr F, as the paper does; `"log_trace"` penalises log Tr F, whose gradient ∇T/T does not
+            depend on the scale of Tr F, so that one `eta_f` serves more models.
+        eta_f_schedule (`str`, *optional*, defaults to `"linear"`):
+            How `eta_f` falls over training: `"linear"` or `"cosine"` to zero, or `"constant"`.
+
+        > Parameters of the estimate
+
+        fisher_labels (`str`, *optional*, defaults to `"sampled"`):
+            Labels in the score: `"sampled"` from the model (the true Fisher) or `"empirical"` (the clean label).
+        trace_estimator (`str`, *optional*, defaults to `"sampled_sum"`):
+            `"sampled_sum"` or `"signed_sum"` (one extra backward pass; unbiased), or `"exact"` (per-sample scores).
+        trace_gradient (`str`, *optional*, defaults to `"finite_difference"`):
+            `"finite_difference"` (first-order passes only; works with any kernel) or `"double_backward"`.
+        trace_interval (`int`, *optional*, defaults to 4):
+            Apply the trace term at every n-th update, n times as strongly; 1 is every update.
+        trace_epsilon (`float`, *optional*, defaults to 0.001):
+            Length of the finite-difference step in parameter space.
+        diagonal_samples (`int`, *optional*):
+            Training samples from which diag F̄ is computed; all of them when left out.
+        fisher_chunk_size (`int`, *optional*, defaults to 8):
+            Samples whose scores are held at once by `"exact"` and by diag F̄; memory is this × trainable parameters.
+    """
+
+    eta_f: float = field(default=0.1, metadata={"help": "Weight of Tr F, the term that removes the backdoor."})
+    eta_r: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the Fisher-weighted pull to the received weights, which keeps clean knowledge."},
+    )
+    trace_form: str = field(
+        default="log_trace",
+        metadata={
+            "help": "Penalise Tr F ('trace', the paper) or log Tr F ('log_trace', scale-free).",
+            "choices": TRACE_FORMS,
+        },
+    )
+    eta_f_schedule: str = field(
+        default="linear", metadata={"help": "How eta_f falls over training.", "choices": SCHEDULES}
+    )
+    fisher_labels: str = field(
+        default="sampled",
+        metadata={"help": "Labels in the score: drawn from the model, or the clean ones.", "choices": LABELS},
+    )
+    trace_estimator: str = field(default="sampled_sum", metadata={"help": "Estimator of Tr F.", "choices": ESTIMATORS})
+    trace_gradient: str = field(
+        default="finite_difference", metadata={"help": "How the gradient of Tr F is taken.", "choices": GRADIENTS}
+    )
+    trace_interval: int = field(
+        default=4, metadata={"help": "Apply the trace term at every n-th update, n times as strongly."}
+    )
+    trace_epsilon: float = field(
+        default=0.001, metadata={"help": "Length of the finite-difference step in parameter space."}
+    )
+    diagonal_samples: int | None = field(
+        default=None, metadata={"help": "Training samples for diag F̄ (default: all of them)."}
+    )
+    fisher_chunk_size: int = field(
+        default=8, metadata={"help": "Per-sample scores held at once by the exact estimator and by diag F̄."}
+    )
+
+    # The optimiser of the paper (SGD with momentum); Adam would turn a large penalty into a step along it alone.
+    optim: str = field(default="sgd", metadata={"help": "The optimizer to use."})
+    optim_args: str | None = field(default="momentum=0.9", metadata={"help": "Arguments of the optimizer."})
+    learning_rate: float = field(default=0.05, metadata={"help": "The initial learning rate."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many updates; below 1 a share of all."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning-rate schedule."})
+
+    def __post_init__(self):
+        if self.optim_args == "momentum=0.9" and self.optim != "sgd":
+            self.optim_args = None  # the default goes with the default optimizer only
+        super().__post_init__()
+        for name, value, allowed in (
+            ("trace_form", self.trace_form, TRACE_FORMS),
+            ("eta_f_schedule", self.eta_f_schedule, SCHEDULES),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r} is not one of {', '.join(allowed)}.")
+        for name in ("eta_f", "eta_r"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)} has to be zero or positive.")
+        for name in ("trace_interval", "fisher_chunk_size", "diagonal_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} has to be at least 1.")
+        if self.trace_epsilon <= 0:
+            raise ValueError(f"trace_epsilon={self.trace_epsilon} has to be positive.")
+        check_choice(self.trace_estimator, self.trace_gradient, self.fisher_labels)
+
+
+@dataclass
+class FIPConfig(FIPArguments, TrainingArguments):
+    __doc__ = "Arguments of [`FIPTrainer`]: all of `TrainingArguments`, and" + FIPArguments.__doc__
+
+
+@dataclass
+class FIPSeq2SeqConfig(FIPArguments, Seq2SeqTrainingArguments):
+    __doc__ = "Arguments of [`FIPSeq2SeqTrainer`]: all of `Seq2SeqTrainingArguments`, and" + FIPArguments.__doc__

@@ -1,0 +1,81 @@
+"""A model's ACC, ASR and RA, and how they move along a purification: measured, never read to choose anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+
+from ..fisher.passes import RandomState
+from .metrics import accuracy, attack_success_rate, robust_accuracy
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
+@dataclass
+class BackdoorTest:
+    """The test sets of one attack.
+
+    Attributes:
+        clean: model inputs with true labels.
+        triggered: the same kind, with the trigger, of the inputs whose true class is not the target; None when no
+            attack is known.
+        attack_labels: `(len(triggered),)`, what the attacker wants.
+    """
+
+    clean: torch.utils.data.Dataset
+    triggered: torch.utils.data.Dataset | None = None
+    attack_labels: np.ndarray | None = None
+    answers: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+
+    def measure(self, trainer: Trainer) -> dict[str, float | None]:
+        """`accuracy`, `asr` and `ra` in percent (None without an attack); the answers are kept in `answers`.
+
+        Uses the trainer's own prediction loop, so it is distributed as the training is. The random state is left as
+        it was, so that measuring does not change what training does.
+        """
+        found = RandomState.capture(trainer.args.device)
+        result: dict[str, float | None] = {"accuracy": None, "asr": None, "ra": None}
+        answers, labels = _answers(trainer, self.clean)
+        self.answers = {"clean": answers}
+        result["accuracy"] = accuracy(answers, labels)
+        if self.triggered is not None:
+            answers, labels = _answers(trainer, self.triggered)
+            self.answers["triggered"] = answers
+            result["asr"] = attack_success_rate(answers, self.attack_labels)
+            result["ra"] = robust_accuracy(answers, labels)
+        found.restore()
+        return result
+
+
+class PurificationCurve(TrainerCallback):
+    """Records ACC and ASR during training for a picture.
+
+    They go to the trainer's `log_history` as `curve_accuracy` and `curve_asr`, which nothing can choose a model by:
+    they are no evaluation metrics. Set `trainer` before training.
+
+    Args:
+        test: what to measure on (a part of the test set will do).
+        points: measurements over the whole training, evenly spaced.
+    """
+
+    def __init__(self, test: BackdoorTest, points: int = 20):
+        self.test, self.points = test, points
+        self.trainer: Trainer | None = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        every = max(1, round(state.max_steps / self.points))
+        if state.global_step % every == 0 or state.global_step == state.max_steps:
+            measured = self.test.measure(self.trainer)
+            row = {f"curve_{key}": value for key, value in measured.items() if value is not None}
+            state.log_history.append({"step": state.global_step, **row})
+
+
+def _answers(trainer: Trainer, dataset) -> tuple[np.ndarray, np.ndarray]:
+    output = trainer.predict(dataset)
+    logits = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
+    return np.argmax(logits, axis=-1), output.label_ids

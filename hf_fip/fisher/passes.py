@@ -1,0 +1,89 @@
+"""What lets a second pass through a model leave no mark: weights, buffers, random state and train mode come back.
+
+Each is a context manager that restores on every way out, an exception and Ctrl-C included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def displaced(parameters: Sequence[Tensor], direction: Sequence[Tensor], step: float) -> Iterator[None]:
+    """Run with the parameters at θ + step · direction.
+
+    The parameters point to new storage meanwhile and back to their own afterwards: θ itself is never written, so it
+    returns bit for bit. Takes one extra copy of the parameters.
+    """
+    received = [parameter.data for parameter in parameters]
+    try:
+        for parameter, towards in zip(parameters, direction, strict=True):
+            parameter.data = torch.add(parameter.data, towards, alpha=step)
+        yield
+    finally:
+        for parameter, data in zip(parameters, received, strict=True):
+            parameter.data = data
+
+
+@contextmanager
+def preserved_buffers(model: nn.Module) -> Iterator[None]:
+    """Run without moving any buffer: BatchNorm statistics, counters, whatever a forward pass would update.
+
+    As in `displaced`, the buffers point to copies meanwhile and the originals are never written.
+    """
+    buffers = list(model.buffers())
+    received = [buffer.data for buffer in buffers]
+    try:
+        for buffer in buffers:
+            buffer.data = buffer.data.clone()
+        yield
+    finally:
+        for buffer, data in zip(buffers, received, strict=True):
+            buffer.data = data
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """The state of torch's generators on CPU and on the model's device: it decides every dropout mask."""
+
+    cpu: Tensor
+    device: torch.device
+    accelerator: Tensor | None
+
+    @classmethod
+    def capture(cls, device: torch.device | str = "cpu") -> RandomState:
+        device = torch.device(device)
+        on_device = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+        return cls(torch.get_rng_state(), device, on_device)
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.accelerator is not None:
+            torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Run from this state, then go back to the state found on entry."""
+        found = RandomState.capture(self.device)
+        self.restore()
+        try:
+            yield
+        finally:
+            found.restore()
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Run with the whole model in eval mode; every module then gets its own mode back."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,328 @@
+"""Tr F, the trace of the Fisher information matrix, and its gradient.
+
+    Tr F(θ) = E_x E_y ‖s‖²,   s = ∇_θ log p_θ(y|x)  of ONE sample
+
+Estimators, on B samples in all (over micro-batches and processes alike, so the split does not matter):
+
+    exact         (1/B) Σ_i ‖s_i‖²         in eval mode: BatchNorm mixes samples, dropout would make it inexact
+    sampled_sum   (1/B) ‖Σ_i s_i‖²       y_i ~ p_θ: scores have mean zero, so cross terms vanish (Gauss-Newton-Bartlett)
+    signed_sum    (1/B) ‖Σ_i r_i s_i‖²   r_i = ±1 at random: cross terms vanish for any labels (Hutchinson)
+
+Gradient of the `*_sum` estimators, with G = Σ_i r_i s_i = ∇ℓ and H = ∇²ℓ:  ∇T = (2/B) H G, where
+
+    finite_difference   H G ≈ (∇ℓ(θ + ε G/‖G‖) − ∇ℓ(θ)) · ‖G‖/ε     first-order passes only
+    double_backward     H G = ∇_θ ⟨∇ℓ(θ), G⟩ with G held fixed        exact; needs kernels with a second derivative
+
+Source: Karim et al., *Fisher Information guided Purification against Backdoor Attacks*, CCS 2024 (objective, Tr F);
+Dangel et al. 2020 and Martens 2020 for the sampled-label identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .likelihood import Likelihood, get_logits, infer_likelihood
+from .passes import RandomState, displaced, in_eval_mode, preserved_buffers
+from .scores import Batch, per_sample_scores, split_batch, summed_score, trainable_parameters
+
+ESTIMATORS = ("sampled_sum", "signed_sum", "exact")
+GRADIENTS = ("finite_difference", "double_backward")
+LABELS = ("sampled", "empirical")
+
+_ADVICE_SECOND_DERIVATIVE = (
+    "an operation of this model has no second derivative. Load it with attn_implementation='eager', "
+    "or use trace_gradient='finite_difference' with a *_sum estimator."
+)
+
+
+def check_choice(estimator: str, gradient: str | None, labels: str) -> None:
+    """Raise ValueError for names that do not exist and pairs that do not go together."""
+    for value, allowed, what in (
+        (estimator, ESTIMATORS, "trace_estimator"),
+        (gradient, (*GRADIENTS, None), "trace_gradient"),
+        (labels, LABELS, "fisher_labels"),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{what}={value!r} is not one of {', '.join(str(name) for name in allowed if name)}.")
+    if estimator == "exact" and gradient == "finite_difference":
+        raise ValueError(
+            "trace_estimator='exact' has no finite-difference gradient: "
+            "use trace_gradient='double_backward', or a *_sum estimator."
+        )
+    if estimator == "sampled_sum" and labels == "empirical":
+        raise ValueError(
+            "trace_estimator='sampled_sum' is unbiased for fisher_labels='sampled' only: "
+            "use trace_estimator='signed_sum' with empirical labels."
+        )
+
+
+@dataclass
+class _MicroBatch:
+    """All that a second pass needs to see the same function: inputs, labels, signs, and the random state."""
+
+    inputs: dict[str, Any]
+    labels: Tensor
+    signs: Tensor | None
+    random_state: RandomState | None
+
+    def log_prob(self, likelihood: Likelihood, logits: Tensor) -> Tensor:
+        """ℓ = Σ_i r_i log p(y_i|x_i)."""
+        values = likelihood.log_prob(logits, self.labels)
+        return (values if self.signs is None else values * self.signs).sum()
+
+
+class TraceEstimator:
+    """Estimates Tr F and its gradient over one update, micro-batch by micro-batch.
+
+    Call `observe` for every micro-batch, then `estimate` once; it then starts over. The model is left as it was:
+    weights, buffers (BatchNorm statistics), random state and `.grad` do not change.
+
+    Args:
+        model: any module whose output has `.logits` (or is the logits). Frozen parameters are left out of F, tied
+            ones counted once.
+        likelihood: p_θ(y|x); by default inferred from the model's config.
+        estimator: `sampled_sum`, `signed_sum` or `exact`.
+        gradient: `finite_difference` or `double_backward`; None when only the value is wanted.
+        labels: `sampled` (the true Fisher) or `empirical` (the clean label).
+        epsilon: length of the finite-difference step in parameter space.
+        chunk_size: samples whose scores `exact` holds at once.
+        label_name: the key of the clean labels in a batch.
+        reduce: sums a tensor over all processes in place; None for one process.
+
+    Raises:
+        ValueError: names that do not exist, pairs that do not go together, no trainable parameter, or finite
+            differences of half-precision weights (the step would be rounded away).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood | None = None,
+        *,
+        estimator: str = "sampled_sum",
+        gradient: str | None = "finite_difference",
+        labels: str = "sampled",
+        epsilon: float = 0.01,
+        chunk_size: int = 8,
+        label_name: str = "labels",
+        reduce: Callable[[Tensor], Any] | None = None,
+    ):
+        check_choice(estimator, gradient, labels)
+        if epsilon <= 0:
+            raise ValueError(f"trace_epsilon={epsilon} has to be positive.")
+        self.model = model
+        self.likelihood = likelihood or infer_likelihood(model)
+        self.estimator, self.gradient, self.labels = estimator, gradient, labels
+        self.epsilon, self.chunk_size, self.label_name = epsilon, chunk_size, label_name
+        self.reduce = reduce
+        self.parameters = list(trainable_parameters(model).values())
+        if gradient == "finite_difference" and any(
+            p.dtype in (torch.float16, torch.bfloat16) for p in self.parameters
+        ):
+            raise ValueError(
+                "trace_gradient='finite_difference' needs float32 weights (a step of "
+                f"{epsilon} is rounded away in half precision): load the model in float32 and set bf16=True or "
+                "fp16=True, or use trace_gradient='double_backward'."
+            )
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was observed."""
+        self._seen: list[_MicroBatch] = []
+        self._sum: list[Tensor] | None = None  # G = Σ_i r_i s_i over this process
+
+    @property
+    def pending(self) -> bool:
+        """Whether a micro-batch was observed and not yet turned into an estimate."""
+        return bool(self._seen)
+
+    def observe(
+        self,
+        batch: Batch,
+        generator: torch.Generator | None = None,
+        *,
+        outputs: Any = None,
+        random_state: RandomState | None = None,
+        scale: float = 1.0,
+    ) -> None:
+        """Take in one micro-batch: draw its labels and signs and add its score to G.
+
+        Args:
+            batch: the model's inputs and labels.
+            generator: CPU generator of the drawn labels and signs; torch's global one when left out.
+            outputs: the model's outputs on `batch`, with their graph, when a forward pass was already made (the
+                task's own, say): its graph is kept for the caller. Otherwise a forward pass is made here.
+            random_state: torch's random state before that forward pass.
+            scale: multiplies ℓ in the backward pass and divides the score (a loss scale for float16).
+        """
+        inputs, clean = split_batch(self.model, batch, self.label_name)
+        if self.estimator == "exact":  # scored by itself in `estimate`, in eval mode: the labels come from there too
+            with in_eval_mode(self.model), torch.no_grad():
+                outputs = self.model(**inputs)
+            self._seen.append(self._draw(inputs, clean, get_logits(outputs), generator, random_state=None))
+        elif outputs is None:
+            random_state = RandomState.capture(self.parameters[0].device)
+            with preserved_buffers(self.model), torch.enable_grad():
+                self._add_score(inputs, clean, self.model(**inputs), generator, random_state, scale, keep_graph=False)
+        elif random_state is None:
+            raise ValueError("`outputs` need the `random_state` from before their forward pass.")
+        else:
+            self._add_score(inputs, clean, outputs, generator, random_state, scale, keep_graph=True)
+
+    def _add_score(self, inputs, clean, outputs, generator, random_state, scale, keep_graph) -> None:
+        """G += Σ_i r_i s_i of one micro-batch."""
+        logits = get_logits(outputs)
+        seen = self._draw(inputs, clean, logits, generator, random_state)
+        score = summed_score(seen.log_prob(self.likelihood, logits) * scale, self.parameters, retain_graph=keep_graph)
+        if scale != 1.0:
+            torch._foreach_div_(score, scale)
+        self._seen.append(seen)
+        self._sum = score if self._sum is None else _add_(self._sum, score)
+
+    def _draw(self, inputs, clean, logits, generator, random_state) -> _MicroBatch:
+        """The labels and signs of one micro-batch's scores."""
+        labels = clean if self.labels == "empirical" else self.likelihood.sample(logits, clean, generator)
+        signs = None
+        if self.estimator == "signed_sum":
+            coins = torch.randint(0, 2, (labels.shape[0],), generator=generator)
+            signs = (2 * coins - 1).to(logits.device, torch.float32)
+        return _MicroBatch(inputs, labels, signs, random_state)
+
+    def estimate(self) -> tuple[Tensor, list[Tensor] | None]:
+        """Tr F over everything observed since the last call, and its gradient.
+
+        Returns:
+            A scalar tensor, and one tensor a trainable parameter (None when `gradient` is None). Each is the same on
+            every process.
+        """
+        if not self._seen:
+            raise ValueError("Nothing was observed: call `observe` first.")
+        rows = torch.tensor(float(sum(seen.labels.shape[0] for seen in self._seen)), device=self.parameters[0].device)
+        self._reduce(rows)
+        try:
+            if self.estimator == "exact":
+                value, gradient = self._exact()
+                return value / rows, gradient and _scale_(gradient, 1.0 / rows.item())
+            total = self._sum
+            for tensor in total:
+                self._reduce(tensor)
+            squared_norm = torch.stack([tensor.float().square().sum() for tensor in total]).sum()
+            value = squared_norm / rows
+            if self.gradient is None:
+                return value, None
+            if not squared_norm > 0:  # a flat point, or NaN: nothing to differentiate
+                return value, [torch.zeros_like(p) for p in self.parameters]
+            along = self._hessian_times_sum(total, squared_norm.sqrt().item())
+            return value, _scale_(along, 2.0 / rows.item())
+        finally:
+            self.reset()
+
+    def _hessian_times_sum(self, total: list[Tensor], norm: float) -> list[Tensor]:
+        """H G, summed over processes."""
+        if self.gradient == "double_backward":
+            result = None
+            for seen in self._seen:
+                score = self._second_pass(seen, create_graph=True)
+                inner = sum((s * g).sum() for s, g in zip(score, total, strict=True))
+                if not inner.requires_grad:  # ℓ is linear in θ here
+                    continue
+                with _second_derivative_advice():
+                    product = summed_score(inner, self.parameters)
+                result = product if result is None else _add_(result, product)
+            result = result or [torch.zeros_like(p) for p in self.parameters]
+            for tensor in result:
+                self._reduce(tensor)
+            return result
+        with displaced(self.parameters, total, self.epsilon / norm):
+            result = None
+            for seen in self._seen:
+                score = self._second_pass(seen)
+                result = score if result is None else _add_(result, score)
+        for tensor in result:
+            self._reduce(tensor)
+        torch._foreach_sub_(result, total)
+        return _scale_(result, norm / self.epsilon)
+
+    def _second_pass(self, seen: _MicroBatch, create_graph: bool = False) -> list[Tensor]:
+        """∇ℓ of a micro-batch at the present weights: same labels, signs and dropout mask; no buffer moves."""
+        with seen.random_state.replayed(), preserved_buffers(self.model), torch.enable_grad():
+            log_prob = seen.log_prob(self.likelihood, get_logits(self.model(**seen.inputs)))
+            with _second_derivative_advice():
+                return summed_score(log_prob, self.parameters, create_graph=create_graph)
+
+    def _exact(self) -> tuple[Tensor, list[Tensor] | None]:
+        """Σ_i ‖s_i‖² and its gradient, summed over processes."""
+        value = torch.zeros((), device=self.parameters[0].device)
+        gradient = None if self.gradient is None else [torch.zeros_like(p) for p in self.parameters]
+        for seen in self._seen:
+            with in_eval_mode(self.model), torch.enable_grad():
+                chunks = per_sample_scores(
+                    self.model,
+                    self.likelihood,
+                    seen.inputs,
+                    seen.labels,
+                    chunk_size=self.chunk_size,
+                    differentiable=gradient is not None,
+                )
+                for scores in chunks:
+                    squared = torch.stack([s.float().square().sum() for s in scores]).sum()
+                    value += squared.detach()
+                    if gradient is not None:
+                        with _second_derivative_advice():
+                            _add_(gradient, summed_score(squared, self.parameters))
+        self._reduce(value)
+        for tensor in gradient or ():
+            self._reduce(tensor)
+        return value, gradient
+
+    def _reduce(self, tensor: Tensor) -> None:
+        if self.reduce is not None:
+            self.reduce(tensor)
+
+
+def fisher_trace(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    likelihood: Likelihood | None = None,
+    estimator: str = "exact",
+    labels: str = "sampled",
+    generator: torch.Generator | None = None,
+    chunk_size: int = 8,
+) -> float:
+    """Tr F(θ) on one batch: a single number, in nats² per unit of the parameters squared.
+
+    The model is used in the mode it is in and left as it was. See `TraceEstimator` for the arguments and errors.
+    """
+    estimator_ = TraceEstimator(
+        model, likelihood, estimator=estimator, gradient=None, labels=labels, chunk_size=chunk_size
+    )
+    estimator_.observe(batch, generator)
+    value, _ = estimator_.estimate()
+    return value.item()
+
+
+class _second_derivative_advice:
+    """Turn autograd's error about a missing second derivative into one that names the way out."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if isinstance(error, RuntimeError) and "not implemented" in str(error) and "derivative" in str(error):
+            raise ValueError(f"{_ADVICE_SECOND_DERIVATIVE} (autograd: {error})") from error
+
+
+def _add_(total: list[Tensor], more: list[Tensor]) -> list[Tensor]:
+    torch._foreach_add_(total, more)
+    return total
+
+
+def _scale_(tensors: list[Tensor], factor: float) -> list[Tensor]:
+    torch._foreach_mul_(tensors, factor)
+    return tensors

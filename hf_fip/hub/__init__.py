@@ -1,0 +1,1 @@
+"""How purified models reach people: the card."""

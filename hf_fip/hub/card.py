@@ -1,0 +1,61 @@
+"""The model card: what was purified, how, and the evidence."""
+
+from __future__ import annotations
+
+import html
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+TEMPLATE = Path(__file__).with_name("card_template.md")
+_NAMES = {"accuracy": "ACC, clean accuracy", "asr": "ASR, attack success rate", "ra": "RA, robust accuracy"}
+
+
+def make_card(report: dict[str, Any], plots: list[str], load_class: str) -> ModelCard:
+    """A card from a run's report.
+
+    Args:
+        report: as written to `report.json`.
+        plots: paths of pictures, relative to the card.
+        load_class: the transformers class that loads the model.
+    """
+    arguments = report["arguments"]
+    rows = [
+        f"| {name} | {_percent(report['before'][key])} | {_percent(report['after'][key])} |"
+        for key, name in _NAMES.items()
+    ]
+    if report["der"] is not None:
+        rows.append(f"| DER (50 is no effect) | | {_percent(report['der'])} |")
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=["hf_fip", "backdoor-purification"],
+        base_model=report["model"] if report["model_is_from_hub"] else None,
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        model=_escape(report["model"]),
+        dataset=_escape(report["data"]["name"]),
+        clean_samples=report["data"]["clean_samples"],
+        test_samples=report["data"]["test_samples"],
+        attack=_escape(report["attack"] or "not known"),
+        seed=report["seed"],
+        table="\n".join(rows),
+        arguments="\n".join(f"| `{name}` | `{_escape(value)}` |" for name, value in sorted(arguments.items())),
+        cost=report["cost"],
+        versions=", ".join(f"{name} {version}" for name, version in report["versions"].items()),
+        plots="\n".join(f"![{Path(path).stem}]({path})" for path in plots),
+        load_class=load_class,
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.1f} %"
+
+
+def _escape(value: Any) -> str:
+    """Text from a model or data set as plain text: no HTML, no table or code break."""
+    text = html.escape(" ".join(str(value).split()), quote=False)
+    return text.replace("|", "\\|").replace("`", "'")[:200]

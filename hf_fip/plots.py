@@ -1,0 +1,267 @@
+"""Every picture that hf_fip writes.
+
+matplotlib is imported when something is drawn, never through pyplot, and with its default style whatever the caller
+has set: the same data give the same picture in a script, a notebook and a Trainer callback. A picture appears under
+its name only when it is complete.
+"""
+
+import math
+import os
+from bisect import bisect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito, "Color Universal Design" (2008): told apart with every common colour vision.
+BLUE, VERMILLION, GREEN = "#0072B2", "#D55E00", "#007A59"  # the green is darkened, for small text on white
+GREY = "#595959"
+
+DPI = 150
+MAX_EXAMPLES = 8
+STYLE = {
+    "text.parse_math": False,  # class names and titles come from strangers: a $ or _ is a character
+    "font.size": 9.0,
+    "figure.constrained_layout.h_pad": 0.1,
+    "figure.constrained_layout.w_pad": 0.1,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.6,
+}
+
+
+def plot_purification(history: list[dict], path: str | os.PathLike, title: str | None = None) -> Path:
+    """Draws accuracy and attack success rate over the steps of a purification, with Tr F below.
+
+    Args:
+        history: rows in any order, each with `step` (updates done; 0 = the model as received) and any of `accuracy`
+            and `asr` (percent, 0 to 100) and `fisher_trace` (Tr F, on a logarithmic axis). A value that is absent,
+            None or not finite, or a trace that is not positive, is left out. The first and the last percentage of each
+            curve stand in the legend; what was measured at step 0 has a ring. Without any trace there is one panel.
+        path: the PNG file; its folder is made if need be.
+        title: one line above the picture.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: if there is nothing to draw, a row has no `step`, or a percentage is outside 0 to 100.
+    """
+    if not history:
+        raise ValueError("plot_purification: the history is empty; it needs at least one row with a step and a value")
+    accuracy, asr, trace = (_series(history, key) for key in ("accuracy", "asr", "fisher_trace"))
+    trace = [(step, value) for step, value in trace if value > 0]
+    for name, series in (("accuracy", accuracy), ("asr", asr)):
+        if wrong := [value for _, value in series if not 0 <= value <= 100]:
+            raise ValueError(f"plot_purification: {name} is a percentage from 0 to 100, got {wrong[0]:g}")
+    panels = bool(accuracy or asr) + bool(trace)
+    if not panels:
+        raise ValueError("plot_purification: no row of the history has an accuracy, an asr or a positive fisher_trace")
+
+    width = 6.4
+    with _figure(path, width, height=1.2 + 2.4 * panels, layout="constrained") as figure:
+        if title:
+            figure.suptitle(_fit(title, width - 0.3, fontsize=11), fontsize=11)
+        ratios = [3, 2] if panels == 2 else [1]
+        axes = list(figure.subplots(panels, 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0])
+        if accuracy or asr:
+            acc_label, asr_label = _change("accuracy (ACC)", accuracy), _change("attack success (ASR)", asr)
+            _curve(axes[0], accuracy, label=acc_label, color=BLUE, linestyle="-", marker="o")
+            _curve(axes[0], asr, label=asr_label, color=VERMILLION, linestyle="--", marker="s")
+            axes[0].set(ylabel="percent", ylim=(-3, 103), yticks=range(0, 101, 10))
+            axes[0].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, borderaxespad=0.2)
+        if trace:
+            _curve(axes[-1], trace, color=GREEN, linestyle="-", marker="^")
+            axes[-1].set_ylabel("Tr F (log scale)")
+            _log_axis(axes[-1], [value for _, value in trace])
+        for axis in axes:
+            axis.grid(True)
+            axis.set_axisbelow(True)
+        steps = [step for step, _ in accuracy + asr + trace]
+        last = max(1, *steps)
+        axes[-1].set(xlabel="step" if min(steps) else "step (ring: before purification)")
+        axes[-1].set_xlim(-0.03 * last, 1.03 * last)
+        axes[-1].xaxis.get_major_locator().set_params(integer=True)
+        figure.align_ylabels()
+    return Path(path)
+
+
+def _series(history: list[dict], key: str) -> list[tuple[int, float]]:
+    """The (step, value) pairs of one key, in the order of the steps, where there is a finite value."""
+    if any("step" not in row for row in history):
+        raise ValueError("plot_purification: every row of the history needs a step")
+    found = ((row["step"], row[key]) for row in history if row.get(key) is not None)
+    return sorted((step, float(value)) for step, value in found if math.isfinite(value))
+
+
+def _change(name: str, series: list[tuple[int, float]]) -> str:
+    """The name and the first and last percentage, for the legend."""
+    return " → ".join(f"{value:.1f}" for _, value in series[:1] + series[1:][-1:]).join((f"{name} ", " %"))
+
+
+def _curve(axis: "Axes", series: list[tuple[int, float]], **style) -> None:
+    """One curve with about twenty markers, and a ring around what was measured at step 0."""
+    if not series:
+        return
+    steps, values = zip(*series, strict=True)
+    every = math.ceil(len(steps) / 20)
+    axis.plot(steps, values, linewidth=1.2, markersize=4, markevery=every, **style)
+    if steps[0] == 0:
+        axis.plot(0, values[0], marker="o", color=style["color"], markerfacecolor="none", markersize=10)
+
+
+def _log_axis(axis: "Axes", values: list[float]) -> None:
+    """A logarithmic axis of at least one decade, its ticks in plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    low, high = math.log10(min(values)), math.log10(max(values))
+    margin = max(0.06 * (high - low), (1 - high + low) / 2)
+    axis.set_yscale("log")
+    axis.set_ylim(10 ** (low - margin), 10 ** (high + margin))
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high - low < 2.5 else (1,)))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def plot_triggers(rows: list[dict], path: str | os.PathLike, target: str, title: str | None = None) -> Path:
+    """Draws what the trigger changes in an image, and what it did to the model before and after purification.
+
+    One column an example: the clean image, the triggered one, and their absolute difference, amplified by one factor
+    for all (the largest of 1, 2, 5, 10, … that clips nothing). Under the images stand the model's answers, marked as
+    right, as the attacker's target, or as another class.
+
+    Args:
+        rows: each with `clean` and `triggered` (uint8 arrays of one shape, H×W, H×W×1 or H×W×3), `label` (the true
+            class name), and `before` and `after` (the model's answers, `{"clean": class name, "triggered": class
+            name}`). The first 8 are drawn.
+        path: the PNG file; its folder is made if need be.
+        target: the class name that the attacker wants.
+        title: one line above the picture.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: if there is no row, or a pair of images is not uint8 of one such shape.
+    """
+    if not rows:
+        raise ValueError("plot_triggers: there is no example to draw")
+    rows = rows[:MAX_EXAMPLES]
+    pairs = [(_image(row, "clean"), _image(row, "triggered")) for row in rows]
+    for clean, triggered in pairs:
+        if clean.shape != triggered.shape:
+            raise ValueError(f"plot_triggers: clean and triggered have shapes {clean.shape} and {triggered.shape}")
+    differences = [np.abs(triggered.astype(int) - clean) for clean, triggered in pairs]
+    gain = _gain(max(int(difference.max()) for difference in differences))
+
+    # All in inches, from the top left: the picture is as large as its content, and nothing can overlap.
+    cell, gap, names, line = (
+        1.4,
+        0.12,
+        0.85,
+        0.17,
+    )  # width of an image, between two, of the row names; height of a line
+    tall = cell * min(1.5, max(clean.shape[0] / clean.shape[1] for clean, _ in pairs))
+    content = names + len(rows) * (cell + gap)
+    width = max(4.6, content + 0.3)
+    left = (width - content) / 2
+    tops = [(0.65 if title else 0.35) + i * (tall + 2 * line + 0.15) for i in range(3)]
+    height = tops[-1] + tall + 0.45
+
+    with _figure(path, width, height) as figure:
+
+        def write(text: str, x: float, y: float, room: float, fontsize: float = 8, weight: str = "normal", **style):
+            font = {"fontsize": fontsize, "weight": weight}
+            figure.text(x / width, 1 - y / height, _fit(text, room, **font), va="center", **font, **style)
+
+        if title:
+            write(title, width / 2, 0.22, width - 0.3, fontsize=11, ha="center")
+        for name, top in zip(("clean", "triggered", f"diff. ×{gain}"), tops, strict=True):
+            write(name, left, top + tall / 2, names, fontsize=9)
+        for column, (row, pair, difference) in enumerate(zip(rows, pairs, differences, strict=True)):
+            x = left + names + column * (cell + gap)
+            write(f"true: {row['label']}", x, tops[0] - 0.12, cell, weight="bold")
+            for top, image in zip(tops, (*pair, (difference * gain).astype(np.uint8)), strict=True):
+                _show(figure.add_axes((x / width, 1 - (top + tall) / height, cell / width, tall / height)), image)
+            for top, kind in zip(tops[:2], ("clean", "triggered"), strict=True):
+                for y, when in ((top + tall + 0.13, "before"), (top + tall + 0.13 + line, "after")):
+                    symbol, color = _verdict(row[when][kind], row["label"], target)
+                    write(symbol, x, y, cell, color=color)
+                    write(f"{when}: {row[when][kind]}", x + 0.13, y, cell - 0.13, color=color)
+        legend = (("✓ true class", GREEN), ("✗ another class", GREY), (f"⚑ attacker's target: {target}", VERMILLION))
+        for (text, color), x, room in zip(legend, (0, 0.95, 2.1), (0.9, 1.1, 2.3), strict=True):
+            write(text, 0.15 + x, height - 0.2, room, color=color)
+    return Path(path)
+
+
+def _image(row: dict, key: str) -> np.ndarray:
+    """The image as uint8, H×W or H×W×3."""
+    image = np.asarray(row[key])
+    if image.dtype != np.uint8 or not image.size or image.ndim != 2 and image.shape[2:] not in ((1,), (3,)):
+        raise ValueError(
+            f"plot_triggers: {key} is uint8, H×W, H×W×1 or H×W×3; got {image.dtype} of shape {image.shape}"
+        )
+    return image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
+
+
+def _gain(largest: int) -> int:
+    """The largest of 1, 2, 5, 10, … 200 by which a difference can be multiplied and stay within 255."""
+    return max(k for k in (1, 2, 5, 10, 20, 50, 100, 200) if k * largest <= 255 or k == 1) if largest else 1
+
+
+def _verdict(answer: str, label: str, target: str) -> tuple[str, str]:
+    """Symbol and colour of an answer. The true class counts as right even where it is the target."""
+    if answer == label:
+        return "✓", GREEN
+    return ("⚑", VERMILLION) if answer == target else ("✗", GREY)
+
+
+def _show(axis: "Axes", image: np.ndarray) -> None:
+    """An image with a thin frame; small ones keep their square pixels."""
+    interpolation = "nearest" if max(image.shape[:2]) <= 64 else "auto"
+    axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation=interpolation)
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set(visible=True, color=GREY, linewidth=0.6)
+
+
+def _fit(text: str, room: float, fontsize: float, weight: str = "normal") -> str:
+    """The text on one line, cut with … to `room` inches in this font."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    font = FontProperties(size=fontsize, weight=weight)
+
+    def too_wide(text: str) -> bool:
+        return text_to_path.get_text_width_height_descent(text, font, ismath=False)[0] > room * 72
+
+    text = " ".join(text[:1000].split())
+    if not too_wide(text):
+        return text
+    cut = bisect(range(1, len(text)), False, key=lambda length: too_wide(text[:length] + "…"))
+    return text[:cut] + "…"
+
+
+@contextmanager
+def _figure(path: str | os.PathLike, width: float, height: float, layout: str | None = None) -> Iterator["Figure"]:
+    """A white figure of this many inches, written to `path` as PNG on leaving: first beside it, then renamed."""
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with style.context(["default", STYLE]):
+        figure = Figure(figsize=(width, height), facecolor="white", layout=layout)
+        yield figure
+        try:
+            figure.savefig(partial, format="png", dpi=DPI)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)

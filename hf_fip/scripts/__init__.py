@@ -1,0 +1,1 @@
+"""What the recipes (and the command line) run: arguments in, one folder out."""

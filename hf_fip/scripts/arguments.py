@@ -1,0 +1,165 @@
+"""The arguments that the image recipes share."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+
+from transformers import HfArgumentParser
+
+from ..config import FIPConfig
+from ..tasks.data import DIGITS
+
+
+@dataclass
+class DataArguments:
+    """Which images, and which of them the defender has."""
+
+    dataset_name: str = field(
+        default=DIGITS,
+        metadata={
+            "help": "A Hub id, a folder (parquet files, or one folder of images a class), a parquet file, or "
+            "'digits': scikit-learn's handwritten digits, which need no download."
+        },
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub data set."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of the images. Guessed by default."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of the labels. Guessed by default."})
+    train_split: str | None = field(default=None, metadata={"help": "Split to train on. Guessed by default."})
+    test_split: str | None = field(
+        default=None, metadata={"help": "Split to measure on. Guessed; without one, a quarter of the rows."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use this many training images only."})
+    max_test_samples: int | None = field(default=None, metadata={"help": "Use this many test images only."})
+    clean_fraction: float = field(
+        default=0.1,
+        metadata={"help": "Share of the training images that the defender has; a victim made here never saw them."},
+    )
+    clean_samples: int | None = field(default=None, metadata={"help": "The same as a number; wins over the share."})
+    split_seed: int | None = field(
+        default=None, metadata={"help": "Seed of the clean split. Default: the victim's own, else --seed."}
+    )
+
+    def clean_count(self, training_images: int) -> int:
+        """The size of the clean split.
+
+        Raises:
+            ValueError: when the share is not between 0 and 1 or the split would be empty.
+        """
+        if self.clean_samples is not None:
+            if self.clean_samples < 1:
+                raise ValueError(f"--clean_samples={self.clean_samples} has to be at least 1.")
+            return self.clean_samples
+        if not 0 < self.clean_fraction < 1:
+            raise ValueError(f"--clean_fraction={self.clean_fraction} has to lie between 0 and 1.")
+        count = round(self.clean_fraction * training_images)
+        if count < 1:
+            raise ValueError(
+                f"--clean_fraction={self.clean_fraction} of {training_images} training images is an empty clean split: "
+                "raise it, or set --clean_samples."
+            )
+        return count
+
+
+@dataclass
+class AttackArguments:
+    """The backdoor: what the victim is poisoned with, and what ASR is measured with."""
+
+    attack: str | None = field(
+        default=None,
+        metadata={
+            "help": "badnets, blend or wanet. Default: badnets for a victim made here; for a given model the "
+            "attack.json in its folder, without which only ACC is measured."
+        },
+    )
+    attack_options: str | None = field(
+        default=None, metadata={"help": "Options of the attack as name=value,name=value, e.g. alpha=0.6."}
+    )
+    target_label: int = field(default=0, metadata={"help": "Number of the class the attacker wants."})
+    poison_rate: float = field(default=0.1, metadata={"help": "Share of the training images that are poisoned."})
+
+    def make(self, num_labels: int):
+        """The attack.
+
+        Raises:
+            ValueError: for an unknown attack or option, or a target that is not one of the classes.
+        """
+        from ..attacks import make_attack
+
+        if not 0 <= self.target_label < num_labels:
+            raise ValueError(
+                f"--target_label={self.target_label} is not a class: the data have {num_labels}, 0 to {num_labels - 1}."
+            )
+        return make_attack(self.attack or "badnets", target_label=self.target_label, **self._options())
+
+    def _options(self) -> dict:
+        options = {}
+        for pair in filter(None, (self.attack_options or "").split(",")):
+            name, equals, value = pair.partition("=")
+            if not equals:
+                raise ValueError(f"--attack_options: {pair!r} is not name=value.")
+            options[name.strip()] = _number_or_text(value.strip())
+        return options
+
+
+@dataclass
+class ModelArguments:
+    """The model to be purified."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "A Hub id or folder (safetensors only, no remote code). Left out: a small backdoored victim is "
+            "trained first and kept for the next time."
+        },
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
+    image_processor_name: str | None = field(
+        default=None, metadata={"help": "Where to take the preprocessing from, if not from the model."}
+    )
+    architecture: str = field(
+        default="vit", metadata={"help": "Kind of victim made here.", "choices": ("vit", "resnet")}
+    )
+    victims_dir: str = field(default="outputs/victims", metadata={"help": "Where victims made here are kept."})
+    augment: bool = field(
+        default=False,
+        metadata={"help": "Shift training images at random, and mirror them unless they are digits."},
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace what an earlier run left in --output_dir."}
+    )
+
+
+@dataclass
+class VictimConfig(FIPConfig):
+    """How a victim is trained: a [`FIPConfig`] without FIP (set eta_f for an attacker who adapts to it)."""
+
+    eta_f: float = field(default=0.0, metadata={"help": "Weight of Tr F; above 0 the attacker adapts to FIP."})
+    optim: str = field(default="adamw_torch", metadata={"help": "The optimizer to use."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "The initial learning rate."})
+    weight_decay: float = field(default=0.05, metadata={"help": "Weight decay."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Steps of warm-up; below 1 a share of all."})
+    num_train_epochs: float = field(default=30.0, metadata={"help": "Passes over the training images."})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Batch size a device."})
+
+
+def parse(groups: tuple[type, ...], description: str, **defaults):
+    """Parse the command line into dataclasses, with the recipe's own defaults.
+
+    Choosing `--num_train_epochs` switches off a default `max_steps`, which would win over it.
+    """
+    parser = HfArgumentParser(groups, description=description)
+    if any(argument.startswith("--num_train_epochs") for argument in sys.argv[1:]):
+        defaults.pop("max_steps", None)
+    parser.set_defaults(**defaults)
+    return parser.parse_args_into_dataclasses()
+
+
+def _number_or_text(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text

@@ -1,0 +1,1 @@
+"""One file a task: load model and data, preprocess, collate."""
