@@ -14,7 +14,7 @@ _WHERE = {
     "FIPSeq2SeqTrainer": "trainer",
     "FIPTrainer": "trainer",
 }
-__all__ = ["__version__", *_WHERE]
+__all__ = ["FIPConfig", "FIPSeq2SeqConfig", "FIPSeq2SeqTrainer", "FIPTrainer", "__version__"]
 
 if TYPE_CHECKING:
     from .config import FIPConfig, FIPSeq2SeqConfig

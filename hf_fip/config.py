@@ -17,8 +17,8 @@ class FIPArguments:
     r"""
     The fields that FIP adds to a `TrainingArguments`.
 
-    The objective is `L_task + eta_f · form(Tr F) + (eta_r / 2) · Σ_i F̄_ii (θ_i − θ̄_i)²` (Karim et al., CCS 2024), where
-    `form` is the identity or the logarithm. With `eta_f = eta_r = 0` the trainer is the plain `Trainer`.
+    The objective is `L_task + eta_f · form(Tr F) + (eta_r / 2) · Σ_i F̄_ii (θ_i − θ̄_i)²` (Karim et al., CCS 2024),
+    where `form` is the identity or the logarithm. With `eta_f = eta_r = 0` the trainer is the plain `Trainer`.
 
     Args:
         > Parameters of the objective

@@ -388,14 +388,16 @@ def check_arguments(model: nn.Module, args: FIPConfig) -> None:
         if kernel not in _SECOND_ORDER_KERNELS:
             raise ValueError(
                 f"trace_gradient='double_backward' needs attention with a second derivative, and this model uses "
-                f"{kernel!r}: load it with attn_implementation='eager' (or call model.set_attn_implementation('eager')),"
-                " or use trace_gradient='finite_difference'."
+                f"{kernel!r}: load it with attn_implementation='eager' (or model.set_attn_implementation('eager')), "
+                "or use trace_gradient='finite_difference'."
             )
 
 
 def last_complete_checkpoint(output_dir: str) -> str | None:
-    """The newest checkpoint in a folder that was written to its end; a half-written one (a kill, a full disk) is passed
-    over."""
+    """The newest checkpoint in a folder that was written to its end.
+
+    A half-written one (a kill, a full disk) is passed over.
+    """
     if not os.path.isdir(output_dir):
         return None
     for folder in reversed(sort_checkpoints(output_dir)):

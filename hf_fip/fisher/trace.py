@@ -5,7 +5,7 @@
 Estimators, on B samples in all (over micro-batches and processes alike, so the split does not matter):
 
     exact         (1/B) Σ_i ‖s_i‖²         in eval mode: BatchNorm mixes samples, dropout would make it inexact
-    sampled_sum   (1/B) ‖Σ_i s_i‖²       y_i ~ p_θ: scores have mean zero, so cross terms vanish (Gauss-Newton-Bartlett)
+    sampled_sum   (1/B) ‖Σ_i s_i‖²       y_i ~ p_θ: scores have mean zero, so cross terms vanish (Bartlett)
     signed_sum    (1/B) ‖Σ_i r_i s_i‖²   r_i = ±1 at random: cross terms vanish for any labels (Hutchinson)
 
 Gradient of the `*_sum` estimators, with G = Σ_i r_i s_i = ∇ℓ and H = ∇²ℓ:  ∇T = (2/B) H G, where

@@ -5,10 +5,17 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 
+import torch
 from transformers import HfArgumentParser
 
 from ..config import FIPConfig
 from ..tasks.data import DIGITS
+
+# Evaluation needs no gradients; memory is pinned for the copy to an accelerator, where there is one.
+COMMON_DEFAULTS = {
+    "per_device_eval_batch_size": 256,
+    "dataloader_pin_memory": torch.accelerator.is_available(),
+}
 
 
 @dataclass
@@ -56,8 +63,8 @@ class DataArguments:
         count = round(self.clean_fraction * training_images)
         if count < 1:
             raise ValueError(
-                f"--clean_fraction={self.clean_fraction} of {training_images} training images is an empty clean split: "
-                "raise it, or set --clean_samples."
+                f"--clean_fraction={self.clean_fraction} of {training_images} training images is an empty clean "
+                "split: raise it, or set --clean_samples."
             )
         return count
 
@@ -89,7 +96,8 @@ class AttackArguments:
 
         if not 0 <= self.target_label < num_labels:
             raise ValueError(
-                f"--target_label={self.target_label} is not a class: the data have {num_labels}, 0 to {num_labels - 1}."
+                f"--target_label={self.target_label} is not a class: the data have {num_labels}, "
+                f"0 to {num_labels - 1}."
             )
         return make_attack(self.attack or "badnets", target_label=self.target_label, **self._options())
 

@@ -16,7 +16,7 @@ from ..evaluation.metrics import WEAK_VICTIM
 from ..tasks.data import LabelledImages, split_clean
 from ..tasks.image_classification import ARCHITECTURES, PixelDataset, check_labels, load_image_classifier
 from ..trainer import FIPTrainer
-from .arguments import AttackArguments, DataArguments, ModelArguments, VictimConfig, parse
+from .arguments import COMMON_DEFAULTS, AttackArguments, DataArguments, ModelArguments, VictimConfig, parse
 from .images import attack_of, augmentation, channels_of, images_of, make_test
 from .report import REPORT_NAME, Cost, non_default, versions
 from .run_folder import RunFolder, write_json
@@ -26,7 +26,7 @@ from .terminal import quiet, say
 def main() -> None:
     """`recipes/backdoor_image.py`."""
     groups = (DataArguments, AttackArguments, ModelArguments, VictimConfig)
-    data, attack, model, training = parse(groups, __doc__, output_dir="outputs/victim")
+    data, attack, model, training = parse(groups, __doc__, output_dir="outputs/victim", **COMMON_DEFAULTS)
     output_dir = training.output_dir
     images = images_of(data, training.seed if data.split_seed is None else data.split_seed)
     train_victim(images, data, attack, model, training)
@@ -80,7 +80,8 @@ def train_victim(
         say(f"victim: ACC {measured['accuracy']:.1f} %, ASR {measured['asr']:.1f} %, RA {measured['ra']:.1f} %")
         if measured["asr"] < WEAK_VICTIM:
             say(
-                f"warning: an ASR below {WEAK_VICTIM} % proves nothing about purification: train longer or poison more."
+                f"warning: an ASR below {WEAK_VICTIM} % proves nothing about purification: "
+                "train longer or poison more."
             )
         trainer.save_model(str(folder.work))
         if trainer.is_world_process_zero():

@@ -29,7 +29,7 @@ from ..plots import plot_purification, plot_triggers
 from ..tasks.data import LabelledImages, split_clean
 from ..tasks.image_classification import PixelDataset, check_labels, load_image_classifier
 from ..trainer import FIPTrainer
-from .arguments import AttackArguments, DataArguments, ModelArguments, VictimConfig, parse
+from .arguments import COMMON_DEFAULTS, AttackArguments, DataArguments, ModelArguments, VictimConfig, parse
 from .backdoor_image import train_victim
 from .images import attack_of, augmentation, channels_of, images_of, make_test, recorded_split
 from .report import REPORT_NAME, Cost, non_default, versions
@@ -52,6 +52,7 @@ def main(architecture: str) -> None:
         per_device_train_batch_size=64,
         save_steps=100,
         save_total_limit=1,
+        **COMMON_DEFAULTS,
     )
     purify(data, attack, model, training)
 
@@ -139,6 +140,7 @@ def _make_victim(images, data, attack_arguments, model_arguments, training) -> s
         disable_tqdm=training.disable_tqdm,
         save_strategy="epoch",
         save_total_limit=1,
+        **COMMON_DEFAULTS,
     )
     victim_model = copy.copy(model_arguments)
     victim_model.overwrite_output_dir = False

@@ -38,7 +38,10 @@ def _say(message: str, code: int) -> int:
 
 
 class QuietProgress(ProgressCallback):
-    """The Trainer's progress bar with the latest figures on it, instead of a line of figures at every log."""
+    """The Trainer's progress bar with the latest figures on it: no line at every log, no bar at every measurement."""
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        pass
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and self.training_bar is not None and "loss" in (logs or {}):

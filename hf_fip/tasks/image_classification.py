@@ -104,7 +104,7 @@ def load_image_classifier(
 
 
 def small_vit(class_names: list[str], image_size: int, channels: int) -> tuple[nn.Module, object]:
-    """A small untrained ViT and its processor: patches of a quarter of 8 pixels' side or 4 pixels for larger images."""
+    """A small untrained ViT and its processor; patches of 2×2 pixels below 16 pixels' side, else 4×4."""
     from transformers import ViTConfig, ViTForImageClassification
 
     tiny = image_size < 16
