@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
@@ -50,6 +51,15 @@ class FIPArguments:
             Training samples from which diag F̄ is computed; all of them when left out.
         fisher_chunk_size (`int`, *optional*, defaults to 8):
             Samples whose scores are held at once by `"exact"` and by diag F̄; memory is this × trainable parameters.
+
+        > Parameters with another default than in `TrainingArguments`
+
+        optim (`str`, *optional*, defaults to `"sgd"`), optim_args (`str`, *optional*):
+            With `"sgd"`, `optim_args` is `"momentum=0.9"` unless set.
+        learning_rate (`float`, *optional*, defaults to 0.05), lr_scheduler_type (`str`, defaults to `"cosine"`):
+            The learning rate and its schedule.
+        logging_steps (`float`, *optional*, defaults to 10):
+            Updates between two logs.
     """
 
     eta_f: float = field(default=0.1, metadata={"help": "Weight of Tr F, the term that removes the backdoor."})
@@ -90,30 +100,37 @@ class FIPArguments:
 
     # The optimiser of the paper (SGD with momentum); Adam would turn a large penalty into a step along it alone.
     optim: str = field(default="sgd", metadata={"help": "The optimizer to use."})
-    optim_args: str | None = field(default="momentum=0.9", metadata={"help": "Arguments of the optimizer."})
+    optim_args: str | None = field(
+        default=None, metadata={"help": "Arguments of the optimizer (for sgd, momentum=0.9 unless you set them)."}
+    )
     learning_rate: float = field(default=0.05, metadata={"help": "The initial learning rate."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many updates; below 1 a share of all."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning-rate schedule."})
 
     def __post_init__(self):
-        if self.optim_args == "momentum=0.9" and self.optim != "sgd":
-            self.optim_args = None  # the default goes with the default optimizer only
+        if self.optim == "sgd" and self.optim_args is None:
+            self.optim_args = "momentum=0.9"
         super().__post_init__()
-        for name, value, allowed in (
-            ("trace_form", self.trace_form, TRACE_FORMS),
-            ("eta_f_schedule", self.eta_f_schedule, SCHEDULES),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r} is not one of {', '.join(allowed)}.")
+        self.check()
+
+    def check(self) -> None:
+        """Check FIP's own fields.
+
+        Raises:
+            ValueError: for a number out of range, a name that does not exist, or a pair that does not go together.
+        """
+        for name, allowed in (("trace_form", TRACE_FORMS), ("eta_f_schedule", SCHEDULES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}.")
         for name in ("eta_f", "eta_r"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)} has to be zero or positive.")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} has to be zero or positive, and finite.")
         for name in ("trace_interval", "fisher_chunk_size", "diagonal_samples"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is not None and not value >= 1:
                 raise ValueError(f"{name}={value} has to be at least 1.")
-        if self.trace_epsilon <= 0:
-            raise ValueError(f"trace_epsilon={self.trace_epsilon} has to be positive.")
+        if not 0 < self.trace_epsilon < math.inf:
+            raise ValueError(f"trace_epsilon={self.trace_epsilon} has to be positive, and finite.")
         check_choice(self.trace_estimator, self.trace_gradient, self.fisher_labels)
 
 

@@ -11,7 +11,6 @@ an update, it does not depend on how the batch is split.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import defaultdict
@@ -21,31 +20,36 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
-from transformers import Seq2SeqTrainer, Trainer
-from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+from torch.nn.utils import get_total_norm
+from torch.utils.data import DataLoader, Subset
+from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .config import FIPConfig
+from .anchor import Anchor
+from .checkpoint import TRAINER_STATE_NAME, last_complete_checkpoint, load_weights
+from .compatibility import check_arguments, check_dataset, make_trace
+from .config import FIPArguments, FIPConfig, FIPSeq2SeqConfig
 from .fisher.diagonal import fisher_diagonal
 from .fisher.likelihood import Likelihood, infer_likelihood
-from .fisher.passes import RandomState
+from .fisher.passes import RandomState, preserved_buffers
 from .fisher.scores import trainable_parameters
 from .fisher.trace import TraceEstimator
-
-ANCHOR_NAME = "fip_anchor.safetensors"
-TRAINER_STATE_NAME = "trainer_state.json"
-_SECOND_ORDER_KERNELS = ("eager", None)
+from .hub.load import load_model
 
 
 class FIPMixin:
     """What turns a Hugging Face trainer into a FIP trainer. See `FIPTrainer` for the arguments."""
 
+    _config_class: type
+
     def __init__(
         self,
-        model: str | nn.Module | None = None,
+        model: str | os.PathLike | nn.Module | None = None,
         args: FIPConfig | None = None,
+        data_collator: Callable | None = None,
+        train_dataset=None,
         *positional,
         peft_config=None,
         likelihood: Likelihood | None = None,
@@ -53,11 +57,11 @@ class FIPMixin:
         **kwargs,
     ):
         args = self._config_class(output_dir="fip_output") if args is None else args
-        if not hasattr(args, "eta_f"):
+        if not isinstance(args, FIPArguments):
             raise ValueError(
                 f"`args` is a {type(args).__name__}; {type(self).__name__} needs a {self._config_class.__name__}."
             )
-        if isinstance(model, str):
+        if isinstance(model, (str, os.PathLike)):
             model = load_model(model)
         if peft_config is not None:
             if model is None:
@@ -67,21 +71,23 @@ class FIPMixin:
             model = get_peft_model(model, peft_config)
         self._likelihood = likelihood
         self._train_transform = train_transform
-        self._trace: TraceEstimator | None = None  # built at the first step of each `train`
-        self._anchor: dict[str, tuple[Tensor, Tensor]] | None = None  # name → (θ̄, F̄)
-        self._resume_from: str | None = None
-        self._observing = False
+        self._is_set_up = False  # at the first step of each `train`
+        self._trace: TraceEstimator | None = None
+        self._anchor: Anchor | None = None
         self._in_update = False
+        self._observing = False
         self._metrics: dict[str, list[float]] = defaultdict(list)
+        # Before the Trainer makes the output folder; a model from `model_init` is checked in `call_model_init`.
         if model is not None:
-            check_arguments(model, args)  # before the Trainer makes the output folder
-        super().__init__(model, args, *positional, **kwargs)
-        check_arguments(self.model, args)
+            check_arguments(model, args, likelihood)
+        if train_dataset is not None:
+            check_dataset(train_dataset, args)
+        super().__init__(model, args, data_collator, train_dataset, *positional, **kwargs)
 
     # ---- One update ----
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        if self._trace is None and self._anchor is None:
+        if not self._is_set_up:
             self._set_up()
         if self._train_transform is not None:
             inputs = self._train_transform(self._prepare_inputs(inputs))
@@ -95,24 +101,18 @@ class FIPMixin:
             )
         self._task_loss = self._task_loss + loss
         if self.accelerator.sync_gradients:
-            self._in_update = self._observing = False
             loss = loss + self._add_regularisers()
+            self._in_update = self._observing = False
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not self._observing or not (model.training and torch.is_grad_enabled()):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        batch = dict(inputs)
+        batch = dict(inputs)  # the Trainer may take the labels out
         random_state = RandomState.capture(self.args.device)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if torch.isfinite(loss):  # or `training_step` is about to say so
-            self._trace.observe(
-                batch,
-                self._generator,
-                outputs=outputs,
-                random_state=random_state,
-                scale=self._loss_scale(),
-            )
+            self._observe(batch, outputs, random_state)
         return (loss, outputs) if return_outputs else loss
 
     def _begin_update(self) -> None:
@@ -126,42 +126,64 @@ class FIPMixin:
             draw = np.random.SeedSequence([self.args.seed, step, self.args.process_index]).generate_state(1)
             self._generator = torch.Generator().manual_seed(int(draw[0]))
 
+    def _observe(self, batch: dict[str, Any], outputs, random_state: RandomState) -> None:
+        """Add a micro-batch to the estimate of Tr F."""
+        scale = self._loss_scale()
+        if self.accelerator.state.dynamo_plugin.backend == DynamoBackend.NO:
+            with preserved_buffers(self._trace.model):  # a checkpointed layer runs forward again in the backward pass
+                self._trace.observe(batch, self._generator, outputs=outputs, random_state=random_state, scale=scale)
+        else:
+            # Compiled code draws other dropout masks than the uncompiled model of the second pass, and may free the
+            # graph that the score needs: the score makes an uncompiled forward pass of its own.
+            with random_state.replayed():
+                self._trace.observe(batch, self._generator, scale=scale)
+
     def _add_regularisers(self) -> Tensor | float:
         """Add the gradients of both regularisers to `.grad`; returns their value."""
         self._metrics["task_loss"].append(float(self._task_loss))
-        added = 0.0
-        if self._trace is not None and self._trace.pending:
-            value, gradient = self._trace.estimate()
-            trace = value.item()
-            if not math.isfinite(trace):
-                raise FloatingPointError(
-                    f"Tr F is {trace} at step {self.state.global_step}: lower the learning rate or eta_f."
-                )
-            self._metrics["fisher_trace"].append(trace)
-            weight = self.current_eta_f() * self.args.trace_interval
-            trace = max(trace, torch.finfo(torch.float32).tiny)
-            if self.args.trace_form == "log_trace":
-                added += weight * math.log(trace)
-                weight /= trace
-            else:
-                added += weight * trace
-            self._add_to_grad(self._trace.parameters, gradient, weight)
-        if self._anchor:
-            drift = self._drift_and_gradient()
-            self._metrics["drift"].append(drift)
-            added += drift
-        return added
+        penalty = 0.0
+        if self._observing:
+            penalty += self._add_trace()
+        if self._anchor is not None:
+            penalty += self._add_drift()
+        return penalty
 
-    def _drift_and_gradient(self) -> float:
+    def _add_trace(self) -> float:
+        """η_F · form(Tr F) over the whole update, its gradient added to `.grad`."""
+        if not self._trace.pending:
+            raise ValueError(
+                f"{type(self).__name__}.compute_loss was overridden without calling super().compute_loss, so Tr F saw "
+                "no batch: call it, or pass compute_loss_func instead."
+            )
+        value, gradient = self._trace.estimate()
+        trace = value.item()
+        if not (math.isfinite(trace) and torch.isfinite(get_total_norm(gradient))):
+            if self._loss_scale() > 1.0:  # float16 overflowed: the scaler is to skip this update and lower its scale
+                self._add_to_grad(self._trace.parameters, gradient, math.inf)
+                return 0.0
+            raise FloatingPointError(
+                f"Tr F or its gradient is not finite at step {self.state.global_step} (Tr F: {trace}): "
+                "lower the learning rate or eta_f."
+            )
+        self._metrics["fisher_trace"].append(trace)
+        weight = self.current_eta_f() * self.args.trace_interval
+        if self.args.trace_form == "trace":
+            self._add_to_grad(self._trace.parameters, gradient, weight)
+            return weight * trace
+        trace = max(trace, torch.finfo(torch.float32).tiny)
+        self._add_to_grad(self._trace.parameters, gradient, weight / trace)  # ∇ log T = ∇T / T
+        return weight * math.log(trace)
+
+    def _add_drift(self) -> float:
         """(η_r / 2) Σ_i F̄_ii (θ_i − θ̄_i)², its gradient η_r F̄ (θ − θ̄) added to `.grad`."""
-        drift = torch.zeros((), device=self.args.device)
+        drift = 0.0
         for name, parameter in trainable_parameters(self._unwrapped()).items():
-            received, diagonal = self._anchor[name]
-            moved = parameter.detach() - received
-            pull = diagonal * moved
-            drift += 0.5 * self.args.eta_r * (pull * moved).sum()
-            self._add_to_grad([parameter], [pull], self.args.eta_r)
-        return drift.item()
+            share, gradient = self._anchor.pull(name, parameter)
+            drift = drift + share
+            self._add_to_grad([parameter], [gradient], self.args.eta_r)
+        drift = self.args.eta_r * drift.item()
+        self._metrics["drift"].append(drift)
+        return drift
 
     def _add_to_grad(self, parameters: list[Tensor], gradient: list[Tensor], weight: float) -> None:
         weight *= self._loss_scale()  # `.grad` is unscaled later, with the task's
@@ -189,48 +211,59 @@ class FIPMixin:
     def train(self, resume_from_checkpoint: str | bool | None = None, *positional, **kwargs):
         """As `Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that was written to its end."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir) or True
-        self._resume_from = resume_from_checkpoint or None
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"No valid checkpoint found in output directory ({self.args.output_dir}).")
+        self._is_set_up = False
         self._trace = self._anchor = None
+        if resume_from_checkpoint and self.args.eta_r > 0:
+            self._anchor = Anchor.load(resume_from_checkpoint, self.args.device)
+        return super().train(resume_from_checkpoint, *positional, **kwargs)
+
+    def _inner_training_loop(self, *positional, **kwargs):
+        # Called again with a smaller batch by `auto_find_batch_size`, when memory ran out in the middle of an update.
         self._in_update = self._observing = False
         self._metrics.clear()
-        return super().train(resume_from_checkpoint, *positional, **kwargs)
+        return super()._inner_training_loop(*positional, **kwargs)
+
+    def _run_epoch(self, *positional, **kwargs):
+        # Resumed from its last checkpoint, a run is over; the Trainer would make one update more.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*positional, **kwargs)
+
+    def call_model_init(self, trial=None) -> nn.Module:
+        model = super().call_model_init(trial)
+        check_arguments(model, self.args, self._likelihood)
+        return model
 
     def _set_up(self) -> None:
         """The estimator of Tr F, and the received weights with their diag F̄, for the model being trained."""
         model = self._unwrapped()
+        check_arguments(model, self.args, self._likelihood)  # a hyper-parameter search changes both
+        self._is_set_up = True
+        if self.args.eta_f == 0 and self.args.eta_r == 0:
+            return
         likelihood = self._likelihood or infer_likelihood(model)
         label_name = self.label_names[0] if self.label_names else "labels"
         if self.args.eta_f > 0:
-            self._trace = TraceEstimator(
-                model,
-                likelihood,
-                estimator=self.args.trace_estimator,
-                gradient=self.args.trace_gradient,
-                labels=self.args.fisher_labels,
-                epsilon=self.args.trace_epsilon,
-                chunk_size=self.args.fisher_chunk_size,
-                label_name=label_name,
-                reduce=sum_over_processes,
-            )
-        self._anchor = {}
-        if self.args.eta_r > 0:
-            self._anchor = self._load_anchor() or self._make_anchor(model, likelihood, label_name)
+            self._trace = make_trace(model, self.args, likelihood, label_name=label_name, reduce=sum_over_processes)
+        if self.args.eta_r > 0 and self._anchor is None:
+            self._anchor = self._make_anchor(model, likelihood, label_name)
 
-    def _make_anchor(self, model, likelihood, label_name) -> dict[str, tuple[Tensor, Tensor]]:
-        """θ̄ and diag F̄, from the training data as they are: without augmentation, in eval mode."""
-        dataset = self.train_dataset
-        wanted = self.args.diagonal_samples
-        if wanted is not None and wanted < len(dataset):
-            rows = np.random.default_rng(self.args.seed).permutation(len(dataset))[:wanted].tolist()
-            is_hf = hasattr(dataset, "select")
-            dataset = dataset.select(rows) if is_hf else torch.utils.data.Subset(dataset, rows)
+    def _make_anchor(self, model: nn.Module, likelihood: Likelihood, label_name: str) -> Anchor:
+        """θ̄ and diag F̄, from the training data as they are: without augmentation, in eval mode, each sample once."""
+        check_dataset(self.train_dataset, self.args)
         found = RandomState.capture(self.args.device)
-        loader = self.get_test_dataloader(dataset)
-        batches = (self._prepare_inputs(batch) for batch in loader)
+        prepared = self.get_test_dataloader(self.train_dataset)
+        rows = np.arange(len(self.train_dataset))
+        if self.args.diagonal_samples is not None:
+            rows = np.random.default_rng(self.args.seed).permutation(rows)[: self.args.diagonal_samples]
+        # The prepared loader repeats samples to give each process equally many, or drops the last ones; this does not.
+        mine = rows[self.args.process_index :: self.args.world_size].tolist()
+        loader = DataLoader(Subset(prepared.dataset, mine), self.args.eval_batch_size, collate_fn=prepared.collate_fn)
         diagonal = fisher_diagonal(
             model,
-            batches,
+            (self._prepare_inputs(batch) for batch in loader),
             likelihood=likelihood,
             labels=self.args.fisher_labels,
             generator=torch.Generator().manual_seed(self.args.seed + self.args.process_index),
@@ -239,35 +272,36 @@ class FIPMixin:
             reduce=sum_over_processes,
         )
         found.restore()
-        return {name: (p.detach().clone(), diagonal[name]) for name, p in trainable_parameters(model).items()}
+        received = {name: p.detach().clone() for name, p in trainable_parameters(model).items()}
+        return Anchor(received, diagonal)
 
-    # ---- Checkpoints ----
+    # ---- Checkpoints: `trainer_state.json` is the last file written, so one that has it is whole ----
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if isinstance(self.model, PreTrainedModel):
+            load_weights(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        if isinstance(self.model, PreTrainedModel):
+            load_weights(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
 
     def _save_checkpoint(self, model, trial):
-        # Before the rest: the Trainer writes trainer_state.json last, so a checkpoint that has it is whole.
-        if self._anchor and self.args.should_save and not self.args.save_only_model:
-            folder = os.path.join(
-                self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            )
-            os.makedirs(folder, exist_ok=True)
-            tensors = {f"received.{name}": received for name, (received, _) in self._anchor.items()}
-            tensors |= {f"diagonal.{name}": diagonal for name, (_, diagonal) in self._anchor.items()}
-            save_file({k: v.contiguous() for k, v in tensors.items()}, os.path.join(folder, ANCHOR_NAME))
+        if self.args.should_save:
+            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            folder = os.path.join(self._get_output_dir(trial=trial), name)
+            if os.path.isfile(os.path.join(folder, TRAINER_STATE_NAME)):  # of an earlier run
+                os.remove(os.path.join(folder, TRAINER_STATE_NAME))
+            if self._anchor is not None and not self.args.save_only_model:
+                self._anchor.save(folder)
         super()._save_checkpoint(model, trial)
 
-    def _load_anchor(self) -> dict[str, tuple[Tensor, Tensor]] | None:
-        """θ̄ and diag F̄ of the run being resumed; None when this is a new run."""
-        if self._resume_from is None:
-            return None
-        path = os.path.join(self._resume_from, ANCHOR_NAME)
-        if not os.path.isfile(path):
-            raise ValueError(
-                f"{self._resume_from} has no {ANCHOR_NAME}, so the received weights are not known: "
-                "it was written with eta_r = 0 or save_only_model. Resume with eta_r=0, or start anew."
-            )
-        tensors = load_file(path, device=str(self.args.device))
-        names = [key.removeprefix("received.") for key in tensors if key.startswith("received.")]
-        return {name: (tensors[f"received.{name}"], tensors[f"diagonal.{name}"]) for name in names}
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # every process has written its own
 
     # ---- Logging ----
 
@@ -330,83 +364,7 @@ class FIPTrainer(FIPMixin, Trainer):
 class FIPSeq2SeqTrainer(FIPMixin, Seq2SeqTrainer):
     """[`FIPTrainer`] for models that generate text: a [`~transformers.Seq2SeqTrainer`]; takes a `FIPSeq2SeqConfig`."""
 
-    from .config import FIPSeq2SeqConfig as _config_class
-
-
-def load_model(name_or_path: str) -> nn.Module:
-    """A model by Hub id or path, with the class its config names: safetensors only, no remote code.
-
-    Raises:
-        ValueError: when the config names no transformers class with a head.
-    """
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-    architecture = (config.architectures or ["none"])[0]
-    model_class = getattr(transformers, architecture, None)
-    if model_class is None:
-        raise ValueError(
-            f"{name_or_path}: its config names the architecture {architecture!r}, which transformers does not have; "
-            "load the model yourself and pass the module."
-        )
-    return model_class.from_pretrained(name_or_path, use_safetensors=True, trust_remote_code=False)
-
-
-def check_arguments(model: nn.Module, args: FIPConfig) -> None:
-    """Raise a ValueError, with the way out, for what cannot work together.
-
-    Nothing is checked for `eta_f = eta_r = 0`, which is plain training.
-    """
-    if args.eta_f == 0 and args.eta_r == 0:
-        return
-    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
-        raise ValueError("FSDP is not supported yet: sharded parameters would get no trace gradient. Use DDP.")
-    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1"):
-        raise ValueError("DeepSpeed is not supported: it owns the backward pass. Use DDP.")
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"{args.n_gpu} GPUs in one process (DataParallel) are not supported: start one process a GPU with "
-            "`accelerate launch`, or set CUDA_VISIBLE_DEVICES to one of them."
-        )
-    if args.eta_f == 0:
-        return
-    checkpointing = args.activation_checkpointing_kwargs or {}
-    if args.activation_checkpointing and checkpointing.get("use_reentrant", False):
-        raise ValueError(
-            "Reentrant activation checkpointing cannot give the score of drawn labels: set "
-            "activation_checkpointing_kwargs={'use_reentrant': False}."
-        )
-    if args.torch_compile:
-        raise ValueError("torch_compile frees the graph that the score needs once more: set torch_compile=False.")
-    if args.ddp_static_graph:
-        raise ValueError("ddp_static_graph gives wrong weights with a second backward pass: set it to False.")
-    if args.use_liger_kernel:
-        raise ValueError("use_liger_kernel makes no logits, which Tr F needs: set use_liger_kernel=False.")
-    if args.trace_gradient == "double_backward":
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        kernel = getattr(getattr(base, "config", None), "_attn_implementation", None)
-        if kernel not in _SECOND_ORDER_KERNELS:
-            raise ValueError(
-                f"trace_gradient='double_backward' needs attention with a second derivative, and this model uses "
-                f"{kernel!r}: load it with attn_implementation='eager' (or model.set_attn_implementation('eager')), "
-                "or use trace_gradient='finite_difference'."
-            )
-
-
-def last_complete_checkpoint(output_dir: str) -> str | None:
-    """The newest checkpoint in a folder that was written to its end.
-
-    A half-written one (a kill, a full disk) is passed over.
-    """
-    if not os.path.isdir(output_dir):
-        return None
-    for folder in reversed(sort_checkpoints(output_dir)):
-        try:
-            TrainerState.load_from_json(os.path.join(folder, TRAINER_STATE_NAME))
-        except (OSError, json.JSONDecodeError, TypeError):
-            continue
-        return folder
-    return None
+    _config_class = FIPSeq2SeqConfig
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch.utils.data import Subset
 from transformers import TrainerCallback
 
 from ..fisher.passes import RandomState
@@ -35,44 +37,67 @@ class BackdoorTest:
     def measure(self, trainer: Trainer) -> dict[str, float | None]:
         """`accuracy`, `asr` and `ra` in percent (None without an attack); the answers are kept in `answers`.
 
-        Uses the trainer's own prediction loop, so it is distributed as the training is. The random state is left as
-        it was, so that measuring does not change what training does.
+        Uses the trainer's own prediction loop, so it is distributed as the training is. The random state of torch is
+        left as it was, so that measuring does not change what training does.
         """
-        found = RandomState.capture(trainer.args.device)
-        result: dict[str, float | None] = {"accuracy": None, "asr": None, "ra": None}
-        answers, labels = _answers(trainer, self.clean)
-        self.answers = {"clean": answers}
-        result["accuracy"] = accuracy(answers, labels)
-        if self.triggered is not None:
-            answers, labels = _answers(trainer, self.triggered)
-            self.answers["triggered"] = answers
-            result["asr"] = attack_success_rate(answers, self.attack_labels)
-            result["ra"] = robust_accuracy(answers, labels)
-        found.restore()
+        with RandomState.capture(trainer.args.device).replayed():
+            answers, labels = _answers(trainer, self.clean)
+            self.answers = {"clean": answers}
+            result = {"accuracy": accuracy(answers, labels), "asr": None, "ra": None}
+            if self.triggered is not None:
+                answers, labels = _answers(trainer, self.triggered)
+                self.answers["triggered"] = answers
+                result["asr"] = attack_success_rate(answers, self.attack_labels)
+                result["ra"] = robust_accuracy(answers, labels)
         return result
+
+    def part(self, samples: int, seed: int = 0) -> BackdoorTest:
+        """A test on a random part of at most so many inputs of each kind."""
+
+        def rows(dataset) -> list[int]:
+            return sorted(np.random.default_rng(seed).permutation(len(dataset))[:samples].tolist())
+
+        clean = Subset(self.clean, rows(self.clean))
+        if self.triggered is None:
+            return BackdoorTest(clean)
+        chosen = rows(self.triggered)
+        return BackdoorTest(clean, Subset(self.triggered, chosen), self.attack_labels[chosen])
 
 
 class PurificationCurve(TrainerCallback):
     """Records ACC and ASR during training for a picture.
 
     They go to the trainer's `log_history` as `curve_accuracy` and `curve_asr`, which nothing can choose a model by:
-    they are no evaluation metrics. Set `trainer` before training.
+    they are no evaluation metrics. A checkpoint keeps them. Set `trainer` before training.
 
     Args:
         test: what to measure on (a part of the test set will do).
-        points: measurements over the whole training, evenly spaced.
+        points: measurements over the whole training, evenly spaced, beside the one before it.
+
+    Attributes:
+        seconds: what measuring took.
     """
 
     def __init__(self, test: BackdoorTest, points: int = 20):
         self.test, self.points = test, points
         self.trainer: Trainer | None = None
+        self.seconds = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            self._record(state)
 
     def on_step_end(self, args, state, control, **kwargs):
         every = max(1, round(state.max_steps / self.points))
         if state.global_step % every == 0 or state.global_step == state.max_steps:
-            measured = self.test.measure(self.trainer)
-            row = {f"curve_{key}": value for key, value in measured.items() if value is not None}
-            state.log_history.append({"step": state.global_step, **row})
+            self._record(state)
+
+    def _record(self, state) -> None:
+        started = time.perf_counter()
+        measured = self.test.measure(self.trainer)
+        row = {f"curve_{key}": value for key, value in measured.items() if key != "ra" and value is not None}
+        state.log_history.append({"step": state.global_step, **row})
+        self.seconds += time.perf_counter() - started
 
 
 def _answers(trainer: Trainer, dataset) -> tuple[np.ndarray, np.ndarray]:

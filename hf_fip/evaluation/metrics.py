@@ -9,7 +9,7 @@ WEAK_VICTIM = 90.0  # percent ASR; a victim below it proves nothing about a puri
 
 def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
     """ACC: share of all clean test inputs answered with their true class. Both `(n,)` integers; percent."""
-    return _percent(np.asarray(predictions) == np.asarray(labels))
+    return _agreement(predictions, labels)
 
 
 def attack_success_rate(predictions: np.ndarray, attack_labels: np.ndarray) -> float:
@@ -17,12 +17,12 @@ def attack_success_rate(predictions: np.ndarray, attack_labels: np.ndarray) -> f
 
     The inputs have to be those only, as `hf_fip.attacks.trigger` selects them. Both `(n,)` integers; percent.
     """
-    return _percent(np.asarray(predictions) == np.asarray(attack_labels))
+    return _agreement(predictions, attack_labels)
 
 
 def robust_accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
     """RA: share of the same triggered inputs answered with their true class. Both `(n,)` integers; percent."""
-    return _percent(np.asarray(predictions) == np.asarray(labels))
+    return _agreement(predictions, labels)
 
 
 def defense_effectiveness_rating(before: dict[str, float], after: dict[str, float]) -> float:
@@ -36,7 +36,10 @@ def defense_effectiveness_rating(before: dict[str, float], after: dict[str, floa
     return 50.0 * (asr_drop - accuracy_drop + 1.0)
 
 
-def _percent(hits: np.ndarray) -> float:
-    if not hits.size:
+def _agreement(predictions: np.ndarray, labels: np.ndarray) -> float:
+    predictions, labels = np.asarray(predictions), np.asarray(labels)
+    if predictions.shape != labels.shape:
+        raise ValueError(f"There are predictions of shape {predictions.shape} and labels of shape {labels.shape}.")
+    if not labels.size:
         raise ValueError("There is no input to measure on: the test set is empty.")
-    return 100.0 * float(np.mean(hits))
+    return 100.0 * float(np.mean(predictions == labels))

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .likelihood import Likelihood, get_logits, infer_likelihood
+from .likelihood import Likelihood, infer_likelihood
 from .passes import in_eval_mode
-from .scores import Batch, per_sample_scores, split_batch, trainable_parameters
+from .scores import Batch, draw_labels, per_sample_scores, split_batch, trainable_parameters
 from .trace import LABELS
 
 
@@ -38,7 +38,7 @@ def fisher_diagonal(
         batches: batches of inputs and labels, on the model's device, without augmentation.
         likelihood: p_θ(y|x); by default inferred from the model's config.
         labels: `sampled` (y ~ p_θ̄) or `empirical` (the clean label).
-        generator: CPU generator of the sampled labels.
+        generator: CPU generator of the sampled labels; torch's global one when left out.
         chunk_size: samples whose scores are held at once; memory is chunk_size × the trainable parameters.
         label_name: the key of the labels in a batch.
         reduce: sums a tensor over all processes in place; None for one process.
@@ -59,8 +59,7 @@ def fisher_diagonal(
         for batch in batches:
             inputs, targets = split_batch(model, batch, label_name)
             if labels == "sampled":
-                with torch.no_grad():
-                    targets = likelihood.sample(get_logits(model(**inputs)), targets, generator)
+                targets = draw_labels(model, likelihood, inputs, targets, generator)
             for scores in per_sample_scores(model, likelihood, inputs, targets, chunk_size=chunk_size):
                 for total, score in zip(diagonal.values(), scores, strict=True):
                     total += score.detach().float().square().sum(0)

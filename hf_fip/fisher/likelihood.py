@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 IGNORE_INDEX = -100
-_TEXT_HEADS = ("ForConditionalGeneration", "ForSeq2SeqLM", "MTModel", "ForCausalLM", "LMHeadModel")
+_TEXT_HEADS = ("ForConditionalGeneration", "MTModel", "EncoderDecoderModel", "ForCausalLM", "LMHeadModel")
 
 
 class Likelihood(ABC):
@@ -36,12 +36,15 @@ class Categorical(Likelihood):
     """One class of K: log p(y|x) = log softmax(logits)[y]. Logits are `(batch, K)`, labels `(batch,)` of integers."""
 
     def log_prob(self, logits, labels):
-        _require_dims(logits, 2, "Categorical")
-        return torch.log_softmax(_at_least_float32(logits), dim=-1).gather(-1, labels.long()[:, None]).squeeze(-1)
+        self._check(logits, labels)
+        return torch.log_softmax(at_least_float32(logits), dim=-1).gather(-1, labels.long()[:, None]).squeeze(-1)
 
     def sample(self, logits, labels=None, generator=None):
-        _require_dims(logits, 2, "Categorical")
+        self._check(logits, labels)
         return _draw_classes(logits, generator)
+
+    def _check(self, logits, labels):
+        _require_shapes(self, logits, 2, labels, logits.shape[:1])
 
 
 class MultiLabel(Likelihood):
@@ -51,14 +54,17 @@ class MultiLabel(Likelihood):
     """
 
     def log_prob(self, logits, labels):
-        _require_dims(logits, 2, "MultiLabel")
-        logits = _at_least_float32(logits)
+        self._check(logits, labels)
+        logits = at_least_float32(logits)
         return -F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none").sum(-1)
 
     def sample(self, logits, labels=None, generator=None):
-        _require_dims(logits, 2, "MultiLabel")
-        probabilities = torch.sigmoid(_at_least_float32(logits.detach())).cpu()
+        self._check(logits, labels)
+        probabilities = torch.sigmoid(at_least_float32(logits.detach())).cpu()
         return torch.bernoulli(probabilities, generator=generator).to(logits.device)
+
+    def _check(self, logits, labels):
+        _require_shapes(self, logits, 2, labels, logits.shape)
 
 
 class TokenSequence(Likelihood):
@@ -78,22 +84,25 @@ class TokenSequence(Likelihood):
         return f"TokenSequence(shift={self.shift})"
 
     def log_prob(self, logits, labels):
-        _require_dims(logits, 3, "TokenSequence")
+        self._check(logits, labels)
         if self.shift:
             logits, labels = logits[:, :-1], labels[:, 1:]
         kept = labels != IGNORE_INDEX
         tokens = torch.where(kept, labels, 0).long()
-        per_token = torch.log_softmax(_at_least_float32(logits), dim=-1).gather(-1, tokens[..., None]).squeeze(-1)
-        return (per_token * kept).sum(-1)
+        per_token = torch.log_softmax(at_least_float32(logits), dim=-1).gather(-1, tokens[..., None]).squeeze(-1)
+        return torch.where(kept, per_token, 0).sum(-1)
 
     def sample(self, logits, labels=None, generator=None):
-        _require_dims(logits, 3, "TokenSequence")
         if labels is None:
             raise ValueError("TokenSequence.sample needs `labels`: their -100 entries say which tokens are masked.")
+        self._check(logits, labels)
         drawn = _draw_classes(logits, generator)
         if self.shift:  # the token that position t predicts stands at t + 1
             drawn = torch.cat([labels[:, :1], drawn[:, :-1]], dim=1)
         return torch.where(labels == IGNORE_INDEX, IGNORE_INDEX, drawn)
+
+    def _check(self, logits, labels):
+        _require_shapes(self, logits, 3, labels, logits.shape[:2])
 
 
 def infer_likelihood(model: nn.Module) -> Likelihood:
@@ -104,17 +113,18 @@ def infer_likelihood(model: nn.Module) -> Likelihood:
         `Categorical` otherwise (also for a plain `nn.Module` without a config).
 
     Raises:
-        ValueError: for a regression head, which has no class to draw.
+        ValueError: for a regression head (also one output without a `problem_type`, as transformers reads it), which
+            has no class to draw.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = getattr(base, "config", None)
     problem_type = getattr(config, "problem_type", None)
-    if problem_type == "regression":
-        raise ValueError("A regression head has no class likelihood; pass `likelihood=` with your own Likelihood.")
     if problem_type == "multi_label_classification":
         return MultiLabel()
     if type(base).__name__.endswith(_TEXT_HEADS):
         return TokenSequence(shift=not getattr(config, "is_encoder_decoder", False))
+    if problem_type == "regression" or (problem_type is None and getattr(config, "num_labels", None) == 1):
+        raise ValueError("A regression head has no class likelihood; pass `likelihood=` with your own Likelihood.")
     return Categorical()
 
 
@@ -135,18 +145,25 @@ def get_logits(outputs: Any) -> Tensor:
 
 def _draw_classes(logits: Tensor, generator: torch.Generator | None) -> Tensor:
     """One class per row of the last axis, drawn on CPU so that a seed gives the same labels on every device."""
-    probabilities = torch.softmax(_at_least_float32(logits.detach()), dim=-1).cpu()
+    probabilities = torch.softmax(at_least_float32(logits.detach()), dim=-1).cpu()
     flat = torch.multinomial(probabilities.flatten(0, -2), 1, generator=generator)
     return flat.view(logits.shape[:-1]).to(logits.device)
 
 
-def _at_least_float32(logits: Tensor) -> Tensor:
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Half-precision tensors in float32, others as they are: sums of many small numbers need the digits."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def _require_dims(logits: Tensor, dims: int, name: str) -> None:
+def _require_shapes(
+    likelihood: Likelihood, logits: Tensor, dims: int, labels: Tensor | None, expected: torch.Size
+) -> None:
+    """Raise rather than broadcast: `gather` takes fewer labels than logits, and gives another number, in silence."""
+    way_out = "pass the `likelihood=` that fits this model's output."
     if logits.ndim != dims:
+        raise ValueError(f"{likelihood} expects logits of {dims} dimensions and got {tuple(logits.shape)}; {way_out}")
+    if labels is not None and labels.shape != expected:
         raise ValueError(
-            f"{name} expects logits of {dims} dimensions and got shape {tuple(logits.shape)}; "
-            "pass the `likelihood=` that fits this model's output."
+            f"{likelihood} expects labels of shape {tuple(expected)} for logits of shape {tuple(logits.shape)} "
+            f"and got {tuple(labels.shape)}; {way_out}"
         )

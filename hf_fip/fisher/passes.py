@@ -24,27 +24,32 @@ def displaced(parameters: Sequence[Tensor], direction: Sequence[Tensor], step: f
     try:
         for parameter, towards in zip(parameters, direction, strict=True):
             parameter.data = torch.add(parameter.data, towards, alpha=step)
+        torch.clear_autocast_cache()  # inside one `torch.autocast` block it would go on serving casts of θ
         yield
     finally:
         for parameter, data in zip(parameters, received, strict=True):
             parameter.data = data
+        torch.clear_autocast_cache()
 
 
 @contextmanager
 def preserved_buffers(model: nn.Module) -> Iterator[None]:
     """Run without moving any buffer: BatchNorm statistics, counters, whatever a forward pass would update.
 
-    As in `displaced`, the buffers point to copies meanwhile and the originals are never written.
+    As in `displaced`, the buffers point to copies meanwhile and the originals are never written. A module may also put
+    a new tensor in a buffer's place (`self.mean = 0.9 * self.mean + …`): the first one comes back.
     """
-    buffers = list(model.buffers())
-    received = [buffer.data for buffer in buffers]
+    places = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
+    received = [(buffer, buffer.data) for _, _, buffer in places if buffer is not None]
     try:
-        for buffer in buffers:
-            buffer.data = buffer.data.clone()
+        for buffer, data in received:
+            buffer.data = data.clone()
         yield
     finally:
-        for buffer, data in zip(buffers, received, strict=True):
+        for buffer, data in received:
             buffer.data = data
+        for module, name, buffer in places:
+            module._buffers[name] = buffer
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,8 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Run with the whole model in eval mode; every module then gets its own mode back."""
     training = [module for module in model.modules() if module.training]
     try:
-        model.eval()
+        for module in training:
+            module.training = False
         yield
     finally:
         for module in training:

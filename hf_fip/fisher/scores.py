@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .likelihood import Likelihood, get_logits
+from .passes import preserved_buffers
 
 Batch = Mapping[str, Any]
 
@@ -29,8 +31,8 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def split_batch(model: nn.Module, batch: Batch, label_name: str = "labels") -> tuple[dict[str, Any], Tensor]:
     """What the model's forward needs for its logits, and the clean labels.
 
-    Labels are left out of the inputs, as no loss is wanted; an encoder-decoder model gets the decoder's inputs it
-    would have made from them.
+    Labels are left out of the inputs, as no loss is wanted. An encoder-decoder model makes the decoder's inputs from
+    them: it gets those, or, when only its forward can make them, the clean labels after all.
 
     Raises:
         ValueError: when the batch has no labels.
@@ -39,11 +41,12 @@ def split_batch(model: nn.Module, batch: Batch, label_name: str = "labels") -> t
     labels = inputs.pop(label_name, None)
     if labels is None:
         raise ValueError(f"The batch has no {label_name!r} (it has: {', '.join(batch)}).")
-    shift_right = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if shift_right is None and hasattr(model, "get_base_model"):
-        shift_right = getattr(model.get_base_model(), "prepare_decoder_input_ids_from_labels", None)
-    if shift_right is not None and not {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys():
-        inputs["decoder_input_ids"] = shift_right(labels)
+    if not {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys():
+        shift_right = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+        if shift_right is not None:
+            inputs["decoder_input_ids"] = shift_right(labels)
+        elif labels.ndim == 2 and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            inputs[label_name] = labels
     return inputs, labels
 
 
@@ -54,7 +57,28 @@ def summed_score(
     gradients = torch.autograd.grad(
         log_prob, parameters, retain_graph=retain_graph or create_graph, create_graph=create_graph, allow_unused=True
     )
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
+    score, taken = [], set()
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is None:
+            gradient = torch.zeros_like(parameter)
+        elif gradient.data_ptr() in taken or 0 in gradient.stride():
+            # Autograd gives both terms of a + b one tensor, and every entry of w.sum() one number: they get their own
+            # memory here, so that a caller may add to a score in place.
+            gradient = gradient.clone(memory_format=torch.contiguous_format)
+        taken.add(gradient.data_ptr())
+        score.append(gradient)
+    return score
+
+
+def draw_labels(
+    model: nn.Module, likelihood: Likelihood, inputs: Batch, labels: Tensor, generator: torch.Generator | None
+) -> Tensor:
+    """Labels y ~ p_θ(·|x), by a forward pass that has no graph and moves no buffer.
+
+    The clean `labels` say what is masked.
+    """
+    with torch.no_grad(), preserved_buffers(model):
+        return likelihood.sample(get_logits(model(**inputs)), labels, generator)
 
 
 def per_sample_scores(
@@ -68,8 +92,11 @@ def per_sample_scores(
 ) -> Iterator[list[Tensor]]:
     """The score of each sample by itself, a chunk of samples at a time.
 
-    Uses `torch.func` (vmap of grad); a model that vmap cannot trace falls back to one backward pass a sample, which
-    gives the same numbers. The model has to be in eval mode: BatchNorm would mix samples.
+    Uses `torch.func` (vmap of grad), or one backward pass a sample, which gives the same numbers: where vmap cannot
+    trace the model, and for differentiable scores, as autograd through vmap takes the statistics of LayerNorm for
+    constants (torch 2.13) and gets its second derivative wrong. Attention runs on the MATH kernel: the others have no
+    batching rule and no second derivative. The model has to be in eval mode, as BatchNorm would mix samples; no buffer
+    moves.
 
     Args:
         inputs: keyword arguments of the model's forward; tensors have the samples on their first axis.
@@ -90,15 +117,16 @@ def per_sample_scores(
         outputs = functional_call(model, values, (), {**one_row, **shared})
         return likelihood.log_prob(get_logits(outputs), label.unsqueeze(0)).squeeze(0)
 
-    values = dict(parameters) if differentiable else {name: p.detach() for name, p in parameters.items()}
+    values = {name: p.detach() for name, p in parameters.items()}
     vectorised = vmap(grad(log_prob), in_dims=(None, 0, 0))
-    use_vmap = True
+    use_vmap = not differentiable
     for start in range(0, rows, chunk_size):
         part = slice(start, start + chunk_size)
         sample, label = {name: tensor[part] for name, tensor in batched.items()}, labels[part]
         if use_vmap:
             try:
-                scores = vectorised(values, sample, label)
+                with preserved_buffers(model), sdpa_kernel(SDPBackend.MATH):
+                    scores = vectorised(values, sample, label)
             except (RuntimeError, NotImplementedError) as error:
                 if not _vmap_is_to_blame(error):
                     raise
@@ -107,13 +135,14 @@ def per_sample_scores(
                 yield list(scores.values())
                 continue
         for row in range(label.shape[0]):
-            outputs = model(**{name: tensor[row : row + 1] for name, tensor in sample.items()}, **shared)
-            value = likelihood.log_prob(get_logits(outputs), label[row : row + 1]).sum()
-            score = summed_score(value, list(parameters.values()), create_graph=differentiable)
+            with preserved_buffers(model), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+                outputs = model(**{name: tensor[row : row + 1] for name, tensor in sample.items()}, **shared)
+                value = likelihood.log_prob(get_logits(outputs), label[row : row + 1]).sum()
+                score = summed_score(value, list(parameters.values()), create_graph=differentiable)
             yield [s.unsqueeze(0) for s in score]
 
 
 def _vmap_is_to_blame(error: Exception) -> bool:
     """Whether the model is one that vmap cannot trace, rather than one that fails by itself."""
-    text = str(error)
-    return any(word in text for word in ("vmap", "functorch", "functionalize", "BatchedTensor", "torch.func"))
+    words = ("vmap", "functorch", "functionalize", "BatchedTensor", "torch.func", "atching rule", "data pointer")
+    return any(word in str(error) for word in words)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import html
+import os
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
+_SAID_ABOVE = ("model_name_or_path", "dataset_name", "seed")
 _NAMES = {"accuracy": "ACC, clean accuracy", "asr": "ASR, attack success rate", "ra": "RA, robust accuracy"}
 
 
@@ -20,7 +22,7 @@ def make_card(report: dict[str, Any], plots: list[str], load_class: str) -> Mode
         plots: paths of pictures, relative to the card.
         load_class: the transformers class that loads the model.
     """
-    arguments = report["arguments"]
+    arguments = {name: value for name, value in report["arguments"].items() if name not in _SAID_ABOVE}
     rows = [
         f"| {name} | {_percent(report['before'][key])} | {_percent(report['after'][key])} |"
         for key, name in _NAMES.items()
@@ -36,8 +38,8 @@ def make_card(report: dict[str, Any], plots: list[str], load_class: str) -> Mode
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
-        model=_escape(report["model"]),
-        dataset=_escape(report["data"]["name"]),
+        model=_place(report["model"]),
+        dataset=_place(report["data"]["name"]),
         clean_samples=report["data"]["clean_samples"],
         test_samples=report["data"]["test_samples"],
         attack=_escape(report["attack"] or "not known"),
@@ -55,7 +57,12 @@ def _percent(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.1f} %"
 
 
+def _place(name: str) -> str:
+    """A Hub id, or the last part of a path: where things lie on the maker's disk is nobody's business."""
+    return _escape(os.path.basename(os.path.abspath(name)) if os.path.exists(name) else name)
+
+
 def _escape(value: Any) -> str:
-    """Text from a model or data set as plain text: no HTML, no table or code break."""
-    text = html.escape(" ".join(str(value).split()), quote=False)
-    return text.replace("|", "\\|").replace("`", "'")[:200]
+    """Text from a model or data set, for a code span or a table cell: no HTML, and no way out of either."""
+    text = " ".join(str(value).split())[:200].replace("`", "'")
+    return html.escape(text, quote=False).replace("|", "\\|")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +16,7 @@ from ..tasks.data import DIGITS
 COMMON_DEFAULTS = {
     "per_device_eval_batch_size": 256,
     "dataloader_pin_memory": torch.accelerator.is_available(),
+    "disable_tqdm": not sys.stderr.isatty(),
 }
 
 
@@ -99,14 +101,16 @@ class AttackArguments:
                 f"--target_label={self.target_label} is not a class: the data have {num_labels}, "
                 f"0 to {num_labels - 1}."
             )
-        return make_attack(self.attack or "badnets", target_label=self.target_label, **self._options())
+        return make_attack(self.attack or "badnets", **self._options())
 
     def _options(self) -> dict:
-        options = {}
+        options = {"target_label": self.target_label}
         for pair in filter(None, (self.attack_options or "").split(",")):
             name, equals, value = pair.partition("=")
             if not equals:
                 raise ValueError(f"--attack_options: {pair!r} is not name=value.")
+            if name.strip() in options:
+                raise ValueError(f"--attack_options: {name.strip()} is set twice (the target by --target_label).")
             options[name.strip()] = _number_or_text(value.strip())
         return options
 
@@ -152,16 +156,34 @@ class VictimConfig(FIPConfig):
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Batch size a device."})
 
 
+class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Shows defaults, and the examples in a description line by line."""
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str):
+        raise ValueError(f"{message} (--help lists all arguments)")
+
+
 def parse(groups: tuple[type, ...], description: str, **defaults):
     """Parse the command line into dataclasses, with the recipe's own defaults.
 
     Choosing `--num_train_epochs` switches off a default `max_steps`, which would win over it.
+
+    Raises:
+        ValueError: for an argument that does not exist or has a wrong value.
     """
-    parser = HfArgumentParser(groups, description=description)
-    if any(argument.startswith("--num_train_epochs") for argument in sys.argv[1:]):
+    usage = "%(prog)s [--argument value ...]"
+    parser = _Parser(groups, description=description, usage=usage, formatter_class=_HelpFormatter, allow_abbrev=False)
+    if any(argument.startswith(("--num_train_epochs", "--num-train-epochs")) for argument in sys.argv[1:]):
         defaults.pop("max_steps", None)
     parser.set_defaults(**defaults)
-    return parser.parse_args_into_dataclasses()
+    *parsed, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True, look_for_args_file=False)
+    if unknown:
+        parser.error(f"unknown: {' '.join(unknown)}")
+    if parsed[-1].push_to_hub:
+        raise ValueError("A recipe does not push to the Hub: look at the folder first, then `hf upload` it.")
+    return parsed
 
 
 def _number_or_text(text: str) -> int | float | str:

@@ -14,23 +14,20 @@ from transformers import set_seed
 from ..attacks import poison
 from ..evaluation.metrics import WEAK_VICTIM
 from ..tasks.data import LabelledImages, split_clean
-from ..tasks.image_classification import ARCHITECTURES, PixelDataset, check_labels, load_image_classifier
+from ..tasks.image_classification import PixelDataset, load_image_classifier, match_labels, small_model
 from ..trainer import FIPTrainer
 from .arguments import COMMON_DEFAULTS, AttackArguments, DataArguments, ModelArguments, VictimConfig, parse
-from .images import attack_of, augmentation, channels_of, images_of, make_test
+from .images import attack_of, augmentation, channels_of, images_of, make_test, reading
 from .report import REPORT_NAME, Cost, non_default, versions
 from .run_folder import RunFolder, write_json
-from .terminal import quiet, say
+from .terminal import say, show_progress
 
 
 def main() -> None:
     """`recipes/backdoor_image.py`."""
     groups = (DataArguments, AttackArguments, ModelArguments, VictimConfig)
     data, attack, model, training = parse(groups, __doc__, output_dir="outputs/victim", **COMMON_DEFAULTS)
-    output_dir = training.output_dir
-    images = images_of(data, training.seed if data.split_seed is None else data.split_seed)
-    train_victim(images, data, attack, model, training)
-    say(f"saved to {output_dir}")
+    train_victim(images_of(data, _split_seed(data, training)), data, attack, model, training)
 
 
 def train_victim(
@@ -41,13 +38,10 @@ def train_victim(
     training: VictimConfig,
 ) -> None:
     """Train a victim on poisoned images and write the folder `training.output_dir`."""
-    attack = attack_of(attack_arguments, None, len(images.class_names))
-    split = {
-        "seed": training.seed if data.split_seed is None else data.split_seed,
-        "samples": data.clean_count(len(images.train)),
-    }
-    _, rest = split_clean(images.train, **split)
-    poisoned = poison(rest, attack, attack_arguments.poison_rate, training.seed)
+    output_dir = training.output_dir
+    arguments = non_default(data, attack_arguments, model_arguments, training)
+    folder = RunFolder(output_dir, arguments, overwrite=model_arguments.overwrite_output_dir)
+    training.output_dir = str(folder.work)
     set_seed(training.seed)
     if model_arguments.model_name_or_path:
         model, processor = load_image_classifier(
@@ -55,46 +49,49 @@ def train_victim(
             model_arguments.image_processor_name,
             revision=model_arguments.model_revision,
         )
-        check_labels(model, images.class_names, images.name)
+        images = match_labels(images, model)
     else:
-        first = images.train[0]["image"]
-        build = ARCHITECTURES[model_arguments.architecture]
-        model, processor = build(images.class_names, max(first.size), 1 if first.mode in ("L", "1", "I;16") else 3)
+        model, processor = small_model(model_arguments.architecture, images)
+    attack = attack_of(attack_arguments, None, len(images.class_names))
+    count, seed = data.clean_count(len(images.train)), _split_seed(data, training)
+    _, rest = split_clean(images.train, count, seed)
 
-    arguments = non_default(data, attack_arguments, model_arguments, training)
-    folder = RunFolder(training.output_dir, arguments, overwrite=model_arguments.overwrite_output_dir)
-    training.output_dir = str(folder.work)
     with folder:
         test = make_test(images, attack, processor, channels_of(model))
+        with reading(images):
+            poisoned = poison(rest, attack, attack_arguments.poison_rate, training.seed)
+        cost = Cost()
         trainer = FIPTrainer(
             model,
             training,
             train_dataset=PixelDataset(poisoned, processor, channels_of(model)),
             processing_class=processor,
             train_transform=augmentation(model_arguments.augment, images),
+            callbacks=[cost],
         )
-        quiet(trainer)
-        with Cost(model, training.device) as cost:
-            trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or folder.checkpoint)
+        show_progress(trainer)
+        trainer.train(resume_from_checkpoint=folder.checkpoint or training.resume_from_checkpoint)
         measured = test.measure(trainer)
-        say(f"victim: ACC {measured['accuracy']:.1f} %, ASR {measured['asr']:.1f} %, RA {measured['ra']:.1f} %")
-        if measured["asr"] < WEAK_VICTIM:
-            say(
-                f"warning: an ASR below {WEAK_VICTIM} % proves nothing about purification: "
-                "train longer or poison more."
-            )
-        trainer.save_model(str(folder.work))
+        trainer.save_model(str(folder.result))
         if trainer.is_world_process_zero():
-            attack.save_pretrained(folder.work)
+            attack.save_pretrained(folder.result)
             report = {
                 "victim": measured,
                 "attack": attack.name,
-                "clean_split": split,
+                "clean_split": {"data": images.name, "out_of": len(images.train), "seed": seed, "samples": count},
                 "data": {"name": images.name, "training_samples": len(poisoned), "test_samples": len(images.test)},
-                "cost": cost.report(trainer.state.global_step),
+                "cost": cost.report,
                 "arguments": arguments,
                 "seed": training.seed,
                 "versions": versions(),
             }
-            write_json(folder.work / REPORT_NAME, report)
+            write_json(folder.result / REPORT_NAME, report)
         folder.publish()
+    say(f"victim: ACC {measured['accuracy']:.1f} %, ASR {measured['asr']:.1f} %, RA {measured['ra']:.1f} %")
+    if measured["asr"] < WEAK_VICTIM:
+        say(f"warning: an ASR below {WEAK_VICTIM:.0f} % proves nothing about purification: train longer, poison more.")
+    say(f"saved to {output_dir}")
+
+
+def _split_seed(data: DataArguments, training: VictimConfig) -> int:
+    return training.seed if data.split_seed is None else data.split_seed

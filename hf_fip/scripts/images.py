@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 from torch import nn
 
 from ..attacks import Attack, load_attack, trigger
+from ..attacks.base import CONFIG_NAME
 from ..evaluation.backdoor import BackdoorTest
 from ..tasks.data import DIGITS, LabelledImages, load_images
 from ..tasks.image_classification import PixelDataset, shift_and_flip
@@ -36,27 +39,46 @@ def attack_of(arguments: AttackArguments, model_folder: str | None, num_labels: 
     """The attack that the arguments name; else the one saved in the model's folder; None when neither is there.
 
     Raises:
-        ValueError: when the folder's attack.json is not a valid attack.
+        ValueError: when the folder's attack.json is not a valid attack, or options are given for no attack.
     """
     if arguments.attack is not None or model_folder is None:
         return arguments.make(num_labels)
-    if not (Path(model_folder) / "attack.json").is_file():
+    if arguments.attack_options or arguments.target_label:
+        raise ValueError("--attack_options and --target_label describe an attack: name it, with --attack.")
+    if not (Path(model_folder) / CONFIG_NAME).is_file():
         return None
     try:
         attack = load_attack(model_folder)
+        attack.attack_label([0], num_labels)  # the target has to be a class of these data
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{model_folder}: attack.json or attack.safetensors is not valid: {error}") from error
-    attack.attack_label([0], num_labels)  # the target has to be a class of these data
     return attack
 
 
-def recorded_split(model_folder: str | None) -> dict[str, int] | None:
-    """The clean split that a victim made here was trained without: its `seed` and `samples`; None if unknown."""
+def recorded_split(model_folder: str | None) -> dict | None:
+    """The clean split that a victim made here was trained without; None if unknown.
+
+    Its `seed` and `samples`, and the `data` (name) and number of training images, `out_of`, that it was taken from.
+    """
     try:
-        split = json.loads((Path(model_folder or "") / REPORT_NAME).read_text())["clean_split"]
-        return {"seed": int(split["seed"]), "samples": int(split["samples"])}
+        split = json.loads((Path(model_folder or "") / REPORT_NAME).read_text(encoding="utf-8"))["clean_split"]
+        numbers = {key: int(split[key]) for key in ("seed", "samples", "out_of")}
+        return {**numbers, "data": str(split["data"])}
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+@contextmanager
+def reading(images: LabelledImages) -> Iterator[None]:
+    """Run what decodes images that nobody has decoded before.
+
+    Raises:
+        ValueError: when Pillow cannot read one.
+    """
+    try:
+        yield
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"An image of {images.name} cannot be read: {error}") from error
 
 
 def channels_of(model: nn.Module) -> int:
@@ -69,7 +91,9 @@ def make_test(images: LabelledImages, attack: Attack | None, processor, channels
     clean = PixelDataset(images.test, processor, channels)
     if attack is None:
         return BackdoorTest(clean)
-    triggered = PixelDataset(trigger(images.test, attack), processor, channels)
+    with reading(images):
+        changed = trigger(images.test, attack)
+    triggered = PixelDataset(changed, processor, channels)
     return BackdoorTest(clean, triggered, attack.attack_label(triggered.labels, len(images.class_names)))
 
 

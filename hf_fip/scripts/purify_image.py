@@ -21,22 +21,24 @@ import numpy as np
 from transformers import set_seed
 
 from ..attacks import Attack
+from ..attacks.poison import to_array
 from ..config import FIPConfig
-from ..evaluation.backdoor import BackdoorTest, PurificationCurve
+from ..evaluation.backdoor import PurificationCurve
 from ..evaluation.metrics import WEAK_VICTIM, defense_effectiveness_rating
 from ..hub.card import make_card
 from ..plots import plot_purification, plot_triggers
 from ..tasks.data import LabelledImages, split_clean
-from ..tasks.image_classification import PixelDataset, check_labels, load_image_classifier
+from ..tasks.image_classification import PixelDataset, load_image_classifier, match_labels
 from ..trainer import FIPTrainer
 from .arguments import COMMON_DEFAULTS, AttackArguments, DataArguments, ModelArguments, VictimConfig, parse
 from .backdoor_image import train_victim
 from .images import attack_of, augmentation, channels_of, images_of, make_test, recorded_split
 from .report import REPORT_NAME, Cost, non_default, versions
 from .run_folder import RunFolder, write_json
-from .terminal import print_comparison, quiet, say
+from .terminal import print_comparison, say, show_progress
 
-CURVE_SAMPLES = 500  # test images behind each point of the picture
+CURVE_SAMPLES = 500  # test images of each kind behind each point of the picture
+EXAMPLES = 6  # columns of the picture of triggers
 
 
 def main(architecture: str) -> None:
@@ -69,24 +71,21 @@ def purify(
     split_seed = next(s for s in (data.split_seed, recorded and recorded["seed"], training.seed) if s is not None)
     images = images_of(data, split_seed)
     count = data.clean_count(len(images.train))
-    clean, _ = split_clean(images.train, count, split_seed)
-    if recorded and (split_seed != recorded["seed"] or count > recorded["samples"]):
-        raise ValueError(
-            f"The victim was trained on some of these {count} clean images: it kept {recorded['samples']} aside, with "
-            f"--split_seed {recorded['seed']}. Use those (--clean_samples {recorded['samples']})."
-        )
+    if recorded:
+        _check_split(recorded, images, split_seed, count)
     place = given or _make_victim(images, data, attack_arguments, model_arguments, training)
-
-    attack = attack_of(attack_arguments, place, len(images.class_names))
     model, processor = load_image_classifier(
         place, model_arguments.image_processor_name, revision=model_arguments.model_revision if given else None
     )
-    check_labels(model, images.class_names, images.name)
+    images = match_labels(images, model)
+    attack = attack_of(attack_arguments, given, len(images.class_names))
+    clean, _ = split_clean(images.train, count, split_seed)
     if attack is None:
         say("No attack is known for this model (--attack NAME): only ACC is measured.")
     with folder:
         test = make_test(images, attack, processor, channels_of(model))
-        curve = PurificationCurve(_part(test))
+        curve = PurificationCurve(test.part(CURVE_SAMPLES))
+        cost = Cost(excluded=lambda: curve.seconds)
         set_seed(training.seed)
         trainer = FIPTrainer(
             model,
@@ -94,25 +93,24 @@ def purify(
             train_dataset=PixelDataset(clean, processor, channels_of(model)),
             processing_class=processor,
             train_transform=augmentation(model_arguments.augment, images),
-            callbacks=[curve],
+            callbacks=[cost, curve],
         )
         curve.trainer = trainer
-        quiet(trainer)
+        show_progress(trainer)
         before = test.measure(trainer)
         answers_before = test.answers
         say(f"Purifying {place} with {count} clean images of {images.name}.")
         if attack is not None and before["asr"] < WEAK_VICTIM:
             say(f"warning: an ASR of {before['asr']:.1f} % before purification proves nothing about purification.")
-        with Cost(model, training.device) as cost:
-            trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or folder.checkpoint)
+        trainer.train(resume_from_checkpoint=folder.checkpoint or training.resume_from_checkpoint)
         after = test.measure(trainer)
-        trainer.save_model(training.output_dir)
+        trainer.save_model(str(folder.result))
         if trainer.is_world_process_zero():
             report = {
                 "before": before,
                 "after": after,
                 "der": None if attack is None else defense_effectiveness_rating(before, after),
-                "cost": cost.report(trainer.state.global_step),
+                "cost": cost.report,
                 "model": place,
                 "model_is_from_hub": bool(given) and not Path(given).exists(),
                 "attack": attack and attack.name,
@@ -121,14 +119,32 @@ def purify(
                 "seed": training.seed,
                 "versions": versions(),
             }
-            write_json(folder.work / REPORT_NAME, report)
-            plots = _draw(folder.work / "plots", trainer, curve.test, before, images, attack, answers_before, test)
+            write_json(folder.result / REPORT_NAME, report)
+            examples = _examples(images, attack, model, answers_before, test.answers)
+            plots = _draw(folder.result / "plots", trainer.state.log_history, examples, attack, images.class_names)
             card = make_card(report, [f"plots/{path.name}" for path in plots], type(model).__name__)
-            card.save(folder.work / "README.md")
-            title = f"{place} → {output_dir}"
-            print_comparison(before, after, report["der"], report["cost"], title)
+            card.save(folder.result / "README.md")
+            say(f"{place}, purified:")
+            print_comparison(before, after, report["der"], report["cost"])
         folder.publish()
     say(f"saved to {output_dir}: the purified model, README.md, report.json, plots/")
+
+
+def _check_split(recorded: dict, images: LabelledImages, seed: int, count: int) -> None:
+    """Raise ValueError when the victim was trained on some of the clean images, as far as can be told."""
+    out_of = len(images.train)
+    if recorded["out_of"] != out_of:
+        if Path(recorded["data"]).name != Path(images.name).name:
+            return  # other data
+        raise ValueError(
+            f"The victim kept its clean images aside from {recorded['out_of']} training images, and these are "
+            f"{out_of}: give the --max_train_samples and the splits that it was trained with."
+        )
+    if seed != recorded["seed"] or count > recorded["samples"]:
+        raise ValueError(
+            f"The victim was trained on some of these {count} clean images: it kept {recorded['samples']} aside, with "
+            f"--split_seed {recorded['seed']}. Use those (--clean_samples {recorded['samples']})."
+        )
 
 
 def _make_victim(images, data, attack_arguments, model_arguments, training) -> str:
@@ -137,10 +153,9 @@ def _make_victim(images, data, attack_arguments, model_arguments, training) -> s
         output_dir="unused",
         seed=training.seed,
         use_cpu=training.use_cpu,
-        disable_tqdm=training.disable_tqdm,
         save_strategy="epoch",
         save_total_limit=1,
-        **COMMON_DEFAULTS,
+        **{**COMMON_DEFAULTS, "disable_tqdm": training.disable_tqdm},
     )
     victim_model = copy.copy(model_arguments)
     victim_model.overwrite_output_dir = False
@@ -158,50 +173,40 @@ def _make_victim(images, data, attack_arguments, model_arguments, training) -> s
     return str(place)
 
 
-def _part(test: BackdoorTest) -> BackdoorTest:
-    """The first rows of a test, for the picture's curve."""
-    from torch.utils.data import Subset
-
-    def head(dataset):
-        return Subset(dataset, range(min(CURVE_SAMPLES, len(dataset))))
-
-    if test.triggered is None:
-        return BackdoorTest(head(test.clean))
-    return BackdoorTest(head(test.clean), head(test.triggered), test.attack_labels[:CURVE_SAMPLES])
-
-
-def _draw(folder, trainer, curve_test, before, images: LabelledImages, attack: Attack | None, answers, test) -> list:
-    """purification.png, and triggers.png when the attack is known."""
-    keys = {"curve_accuracy": "accuracy", "curve_asr": "asr", "fisher_trace": "fisher_trace"}
-    history = [{"step": 0, "accuracy": before["accuracy"], "asr": before["asr"]}]
-    for row in trainer.state.log_history:
-        history.append({"step": row["step"], **{new: row[old] for old, new in keys.items() if old in row}})
-    plots = [plot_purification(history, folder / "purification.png", title="Purification")]
+def _examples(images: LabelledImages, attack: Attack | None, model, before: dict, after: dict) -> list[dict]:
+    """Rows for `plot_triggers`, one each of the first classes, from the answers before and after purification."""
     if attack is None:
-        return plots
+        return []
     labels = np.asarray(images.test["label"][:])
     rows = np.flatnonzero(attack.eligible(labels, len(images.class_names)))
-    names = images.class_names
-    chosen = [int(np.flatnonzero(labels[rows] == label)[0]) for label in np.unique(labels[rows])[:6]]
+    names = {**model.config.id2label, **dict(enumerate(images.class_names))}
     examples = []
-    for place in chosen:  # the place among the triggered images; rows[place] is the row of the test set
+    for place in np.unique(labels[rows], return_index=True)[1]:  # among the triggered; rows[place] in the test set
         row = int(rows[place])
-        image = images.test[row]["image"]
-        array = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
-        array = array[..., None] if array.ndim == 2 else array
+        clean = to_array(images.test[row]["image"])
+        answers = [
+            {"clean": names[a["clean"][row]], "triggered": names[a["triggered"][place]]} for a in (before, after)
+        ]
         examples.append(
             {
-                "clean": array,
-                "triggered": attack.apply(array),
+                "clean": clean,
+                "triggered": attack.apply(clean),
                 "label": names[labels[row]],
-                "before": _named(answers, row, place, names),
-                "after": _named(test.answers, row, place, names),
+                "before": answers[0],
+                "after": answers[1],
             }
         )
-    target = names[attack.target_label] if attack.label_rule == "all_to_one" else ""
-    plots.append(plot_triggers(examples, folder / "triggers.png", target=target, title=f"Trigger: {attack.name}"))
+    return examples[:EXAMPLES]
+
+
+def _draw(folder: Path, log: list[dict], examples: list[dict], attack: Attack | None, names: list[str]) -> list[Path]:
+    """purification.png, and triggers.png when the attack is known."""
+    keys = {"curve_accuracy": "accuracy", "curve_asr": "asr", "fisher_trace": "fisher_trace"}
+    history = [{"step": row["step"], **{new: row[old] for old, new in keys.items() if old in row}} for row in log]
+    title = f"Purification (ACC and ASR of at most {CURVE_SAMPLES} test images)"
+    plots = [plot_purification(history, folder / "purification.png", title=title)]
+    if examples:
+        target = names[attack.target_label] if attack.label_rule == "all_to_one" else "the next class"
+        title = f"Trigger: {attack.name}"
+        plots.append(plot_triggers(examples, folder / "triggers.png", target=target, title=title))
     return plots
-
-
-def _named(answers: dict[str, np.ndarray], row: int, place: int, names: list[str]) -> dict[str, str]:
-    return {"clean": names[answers["clean"][row]], "triggered": names[answers["triggered"][place]]}

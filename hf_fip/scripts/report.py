@@ -7,34 +7,28 @@ import platform
 import resource
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 REPORT_NAME = "report.json"
-_PLACES = (
-    "output_dir",
-    "overwrite_output_dir",
-    "resume_from_checkpoint",
-    "victims_dir",
-    "disable_tqdm",
-    "logging_dir",
-)
+# Where things lie and what is shown changes nothing that is measured.
+_PLACES = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "victims_dir", "disable_tqdm")
 
 
 def non_default(*groups) -> dict[str, Any]:
     """The arguments that differ from their defaults, of several dataclasses; places on disk are left out."""
     chosen = {}
     for group in groups:
-        values = group.to_dict() if isinstance(group, TrainingArguments) else dataclasses.asdict(group)
-        plain = type(group)(output_dir="x").to_dict() if isinstance(group, TrainingArguments) else None
-        for field in dataclasses.fields(group):
-            default = field.default if plain is None else plain.get(field.name)
-            if field.name not in _PLACES and field.name in values and values[field.name] != default:
-                chosen[field.name] = values[field.name]
+        if isinstance(group, TrainingArguments):  # tokens are left out of its `to_dict`
+            values, defaults = group.to_dict(), type(group)(output_dir="unused").to_dict()
+        else:
+            values, defaults = dataclasses.asdict(group), dataclasses.asdict(type(group)())
+        chosen |= {k: v for k, v in values.items() if k not in _PLACES and v != defaults[k]}
     return chosen
 
 
@@ -46,30 +40,46 @@ def versions() -> dict[str, str]:
     return {"hf_fip": __version__, **{name: version(name) for name in libraries}, "python": platform.python_version()}
 
 
-class Cost:
-    """Measures a training: `with Cost(model, device) as cost: …`, then `cost.report(steps)`."""
+class Cost(TrainerCallback, ExportableState):
+    """Measures a training as one of its callbacks; a run that was interrupted counts the parts that it kept.
 
-    def __init__(self, model: nn.Module, device: torch.device):
-        self.model, self.device = model, device
+    Args:
+        excluded: gives the seconds spent so far on what is not training (measuring for a picture).
+    """
 
-    def __enter__(self) -> Cost:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        self._start = time.perf_counter()
-        return self
+    def __init__(self, excluded: Callable[[], float] = lambda: 0.0):
+        self._excluded = excluded
+        self._seconds = self._memory = 0  # of the parts before this one
+        self._started: float | None = None
 
-    def __exit__(self, *error) -> None:
-        self.seconds = time.perf_counter() - self._start
+    def on_train_begin(self, args, state, control, **kwargs):
+        earlier = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]
+        self._seconds, self._memory = earlier["seconds"], earlier["peak_memory_bytes"]
+        self._device = args.device
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self._started = time.perf_counter() - self._excluded()
 
-    def report(self, steps: int) -> dict[str, float]:
-        """Seconds, seconds per step, trainable parameters, and peak memory in bytes: of the GPU, or of the process."""
-        if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.device)
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        return {
-            "seconds": self.seconds,
-            "seconds_per_step": self.seconds / max(1, steps),
-            "trainable_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-            "peak_memory_bytes": peak,
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        measured = self.state()["attributes"]
+        self._started = None
+        self.report = {
+            "seconds": measured["seconds"],
+            "seconds_per_step": measured["seconds"] / max(1, state.global_step),
+            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "peak_memory_bytes": measured["peak_memory_bytes"],  # of the GPU; without one, of the whole process
         }
+
+    def state(self) -> dict:
+        """What a checkpoint keeps."""
+        seconds, memory = self._seconds, self._memory
+        if self._started is not None:
+            seconds += time.perf_counter() - self._excluded() - self._started
+            memory = max(memory, _peak_memory(self._device))
+        return {"args": {}, "attributes": {"seconds": seconds, "peak_memory_bytes": memory}}
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

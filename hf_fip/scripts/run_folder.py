@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from transformers.trainer import TRAINING_ARGS_NAME
 
-from ..trainer import last_complete_checkpoint
+from ..checkpoint import last_complete_checkpoint
+from .report import REPORT_NAME
+from .terminal import say
 
 ARGUMENTS_NAME = "arguments.json"
 
@@ -18,9 +21,9 @@ ARGUMENTS_NAME = "arguments.json"
 class RunFolder:
     """The output folder of one run.
 
-    Everything is written to `<output_dir>.partial` and moved to `<output_dir>` at the end, so the output folder is
-    there if and only if it is complete. A run that was killed is continued by the same command: its partial folder
-    carries the arguments it was started with.
+    A run works in `<output_dir>.partial`: checkpoints there, what it makes in `result` there. At the end `result` is
+    moved to `<output_dir>`, so the output folder is there if and only if it is complete. A run that was killed is
+    continued by the same command: its partial folder carries the arguments it was started with.
 
     Args:
         output_dir: the final place.
@@ -32,15 +35,19 @@ class RunFolder:
     """
 
     def __init__(self, output_dir: str, arguments: dict[str, Any], overwrite: bool = False):
-        self.final = Path(output_dir)
+        self.final = Path(os.path.abspath(output_dir))
         self.work = self.final.with_name(self.final.name + ".partial")
+        self.result = self.work / "result"
         self.arguments = json.loads(json.dumps(arguments))
-        if self.final.exists() and not overwrite and (not self.final.is_dir() or any(self.final.iterdir())):
+        taken = self.final.exists() and (not self.final.is_dir() or any(self.final.iterdir()))
+        if taken and not overwrite:
             raise ValueError(
-                f"{self.final} is there already: choose another --output_dir or add --overwrite_output_dir."
+                f"{output_dir} is there already: choose another --output_dir or add --overwrite_output_dir."
             )
+        if taken and not (self.final / REPORT_NAME).is_file():
+            raise ValueError(f"{output_dir} is not what an earlier run left: choose another --output_dir.")
         self.discard_first = self.work.exists() and self._recorded() != self.arguments
-        if self.discard_first and not overwrite and last_complete_checkpoint(str(self.work)):
+        if self.discard_first and not overwrite and self.checkpoint:
             raise ValueError(
                 f"{self.work} holds an unfinished run with other arguments: repeat its command to finish it, "
                 "or add --overwrite_output_dir to discard it."
@@ -48,20 +55,25 @@ class RunFolder:
         PartialState().wait_for_everyone()
 
     def __enter__(self) -> RunFolder:
-        """Make the partial folder."""
+        """Make the partial folder, or find it with the checkpoint to go on from."""
         if PartialState().is_main_process:
-            if self.discard_first:
-                shutil.rmtree(self.work)
+            shutil.rmtree(self.work if self.discard_first else self.result, ignore_errors=True)
             self.work.mkdir(parents=True, exist_ok=True)
             write_json(self.work / ARGUMENTS_NAME, self.arguments)
         PartialState().wait_for_everyone()
+        if self.checkpoint:
+            say(f"Going on with an interrupted run, from {os.path.relpath(self.checkpoint)}.")
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        """After an error, remove the partial folder unless it holds a checkpoint to go on from (Ctrl-C keeps it)."""
+        """After an error that repeating the command would repeat, or before the first checkpoint, leave nothing.
+
+        After Ctrl-C, a full disk and the like, the checkpoint stays to go on from.
+        """
         failed = kind is not None and issubclass(kind, Exception)
-        if failed and PartialState().is_main_process and self.checkpoint is None and self.work.exists():
-            shutil.rmtree(self.work)
+        hopeless = failed and issubclass(kind, (ValueError, FloatingPointError))
+        if failed and PartialState().is_main_process and (hopeless or self.checkpoint is None):
+            shutil.rmtree(self.work, ignore_errors=True)
 
     @property
     def checkpoint(self) -> str | None:
@@ -69,24 +81,24 @@ class RunFolder:
         return last_complete_checkpoint(str(self.work))
 
     def publish(self) -> None:
-        """Drop what only a resume needs and move the folder to its place."""
+        """Move the result to its place and drop the rest."""
         PartialState().wait_for_everyone()
         if PartialState().is_main_process:
-            for checkpoint in self.work.glob("checkpoint-*"):
-                shutil.rmtree(checkpoint)
-            (self.work / ARGUMENTS_NAME).unlink()
+            (self.result / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle; report.json has the arguments
             replaced = self.final.with_name(self.final.name + ".replaced")
             shutil.rmtree(replaced, ignore_errors=True)
             if self.final.exists():
                 os.replace(self.final, replaced)
-            os.replace(self.work, self.final)
+            os.replace(self.result, self.final)
+            (self.work / ARGUMENTS_NAME).unlink()  # first: what is left is then no run to go on with
+            shutil.rmtree(self.work)
             shutil.rmtree(replaced, ignore_errors=True)
         PartialState().wait_for_everyone()
 
     def _recorded(self) -> dict | None:
         try:
-            return json.loads((self.work / ARGUMENTS_NAME).read_text())
-        except (OSError, json.JSONDecodeError):
+            return json.loads((self.work / ARGUMENTS_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
             return None
 
 

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 
-from transformers.trainer_callback import ProgressCallback
+import datasets
+import torch
+import transformers
+from accelerate import PartialState
+from safetensors import SafetensorError
+from tqdm.auto import tqdm
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
+
+# What a wrong argument, file or place raises, or a full disk or memory; anything else is a bug with its traceback.
+USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, SafetensorError, torch.OutOfMemoryError)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -14,47 +24,85 @@ def run(main: Callable[[], None]) -> None:
 
     Ctrl-C exits with 130. Set HF_FIP_TRACEBACK=1 to see where an error came from.
     """
+    quiet_libraries()
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit(_say("interrupted: the same command goes on from the last checkpoint.", 130))
-    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(_complain("interrupted: the same command goes on from the last checkpoint, if there is one.", 130))
+    except USER_ERRORS as error:
         if os.environ.get("HF_FIP_TRACEBACK"):
             raise
-        sys.exit(_say("error: " + " ".join(str(error).split()), 1))
+        sys.exit(_complain("error: " + (" ".join(str(error).split()) or type(error).__name__), 1))
+
+
+def quiet_libraries() -> None:
+    """Leave the screen to the recipe: warnings and bars of the libraries only where they were asked for."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal without the arrow should not end a run
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_caching()  # poisoned images are made anew in each run, and dropped with it
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
 
 
 def say(message: str) -> None:
     """Print a line, on the main process only."""
-    from accelerate import PartialState
-
     if PartialState().is_main_process:
         print(message, flush=True)
 
 
-def _say(message: str, code: int) -> int:
+def _complain(message: str, code: int) -> int:
     print(message, file=sys.stderr, flush=True)
     return code
 
 
-class QuietProgress(ProgressCallback):
-    """The Trainer's progress bar with the latest figures on it: no line at every log, no bar at every measurement."""
+class BarProgress(ProgressCallback):
+    """One bar for a training with the latest figures on it, and a passing one for a measurement outside training."""
 
-    def on_prediction_step(self, args, state, control, **kwargs):
-        pass
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        if state.is_world_process_zero and self.training_bar is None:
+            if self.prediction_bar is None:
+                self.prediction_bar = tqdm(total=len(eval_dataloader), desc="Measuring", leave=False)
+            self.prediction_bar.update(1)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and self.training_bar is not None and "loss" in (logs or {}):
-            shown = {"task loss": "task_loss", "Tr F": "fisher_trace", "drift": "drift"}
-            self.training_bar.set_postfix({k: f"{logs[v]:.3g}" for k, v in shown.items() if v in logs})
+            self.training_bar.set_postfix_str(_figures(logs))
 
 
-def print_comparison(before: dict, after: dict, der: float | None, cost: dict, title: str) -> None:
-    """The before / after table."""
+class LineProgress(TrainerCallback):
+    """About ten plain lines over a training, for a log file."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._next = 0
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in (logs or {}) and state.global_step >= self._next:
+            self._next = state.global_step + state.max_steps / 10
+            say(f"step {state.global_step} of {state.max_steps}: {_figures(logs)}")
+
+
+def _figures(logs: dict[str, float]) -> str:
+    names = {"task loss": "task_loss", "Tr F": "fisher_trace", "drift": "drift"}
+    return ", ".join(f"{name} {logs[key]:.3g}" for name, key in names.items() if key in logs)
+
+
+def show_progress(trainer) -> None:
+    """Give a trainer one of the two above in place of its own, which prints every log."""
+    trainer.remove_callback(PrinterCallback if trainer.args.disable_tqdm else ProgressCallback)
+    trainer.add_callback(LineProgress if trainer.args.disable_tqdm else BarProgress)
+
+
+def print_comparison(before: dict, after: dict, der: float | None, cost: dict) -> None:
+    """The before / after table, at most 80 columns wide."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table()
     for heading, side in (("%", "left"), ("before", "right"), ("after", "right"), ("change", "right")):
         table.add_column(heading, justify=side)
     names = {"accuracy": "ACC  clean accuracy", "asr": "ASR  attack success rate", "ra": "RA   robust accuracy"}
@@ -63,15 +111,8 @@ def print_comparison(before: dict, after: dict, der: float | None, cost: dict, t
             table.add_row(name, f"{before[key]:.1f}", f"{after[key]:.1f}", f"{after[key] - before[key]:+.1f}")
     if der is not None:
         table.add_row("DER  (50 = no effect)", "", f"{der:.1f}", "")
-    table.caption = (
+    Console().print(table)
+    print(
         f"{cost['seconds']:.1f} s, {1000 * cost['seconds_per_step']:.0f} ms a step, "
         f"{cost['trainable_parameters']:,} trainable parameters, peak {cost['peak_memory_bytes'] / 2**20:.0f} MiB"
     )
-    Console().print(table)
-
-
-def quiet(trainer) -> None:
-    """Give a trainer the quiet progress bar, unless bars are switched off."""
-    if not trainer.args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(QuietProgress)

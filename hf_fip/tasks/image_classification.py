@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
+import PIL.Image
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..attacks.poison import to_array
+from .columns import with_classes
+from .data import LabelledImages
+
+_LARGEST_INPUT = 64  # side in pixels of what the small models see; larger images are made smaller
 _KEEP_IN_MEMORY = 2**30  # bytes of preprocessed images kept; beyond it they are made when asked for
 
 
@@ -20,9 +26,15 @@ class PixelDataset(torch.utils.data.Dataset):
         channels: what the model takes: 1 makes images gray, 3 makes them RGB.
 
     Preprocessed once and kept in memory when that takes at most 1 GiB.
+
+    Raises:
+        ValueError: when an image cannot be read (later, by `[]`, if they are not kept in memory), or the model takes
+            another number of channels.
     """
 
     def __init__(self, dataset: Dataset, processor, channels: int = 3):
+        if channels not in (1, 3):
+            raise ValueError(f"The model takes images of {channels} channels; only gray (1) and RGB (3) can be made.")
         self.dataset, self.processor, self.channels = dataset, processor, channels
         self.labels = np.asarray(dataset["label"][:], dtype=np.int64)
         self._pixels: Tensor | None = None
@@ -34,21 +46,20 @@ class PixelDataset(torch.utils.data.Dataset):
 
     def _fill(self, chunk: int = 256) -> None:
         rows = range(len(self.dataset))
-        with tqdm(total=len(rows), desc="Preprocessing images", disable=len(rows) < 5000, leave=False) as bar:
+        disable = len(rows) < 5000 or None  # None: where there is no terminal
+        with tqdm(total=len(rows), desc="Preprocessing images", disable=disable, leave=False) as bar:
             for start in range(0, len(rows), chunk):
                 part = rows[start : start + chunk]
                 self._pixels[part.start : part.stop] = self._preprocess(part)
                 bar.update(len(part))
 
     def _preprocess(self, rows) -> Tensor:
-        mode = "L" if self.channels == 1 else "RGB"
         arrays = []
         for row in rows:
             try:
-                array = np.asarray(self.dataset[int(row)]["image"].convert(mode))
-            except (OSError, AttributeError) as error:  # truncated file, or no image at all
+                arrays.append(_with_channels(to_array(self.dataset[int(row)]["image"]), self.channels))
+            except Exception as error:  # Pillow raises many kinds for what is damaged or no image at all
                 raise ValueError(f"Image {row} of the data set cannot be read: {error}") from error
-            arrays.append(array[..., None] if self.channels == 1 else array)
         return self.processor(arrays, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
 
     def __len__(self) -> int:
@@ -72,35 +83,63 @@ def load_image_classifier(
     options = {"revision": revision, "token": token, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(name_or_path, **options)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a stranger's file can be wrong in any way
         raise ValueError(
-            f"No model at {name_or_path!r}: {_first_line(error)} Set --model_name_or_path to a folder or a Hub id."
+            f"No model at {name_or_path!r}: {_reason(error)} Set --model_name_or_path to a folder or a Hub id."
         ) from error
-    heads = config.architectures or []
-    if heads and not any(head.endswith("ForImageClassification") or "WithTeacher" in head for head in heads):
+    heads = [str(head) for head in config.architectures or []]
+    if heads and not any(head.endswith("ForImageClassification") for head in heads):
         raise ValueError(
-            f"{name_or_path} is a {', '.join(heads)}, which has no image-classification head: "
-            "a random one would be added and purified. Give a model that was trained to classify."
+            f"{name_or_path} is a {', '.join(heads)}, which has no image-classification head that can be trained. "
+            "Give a model ...ForImageClassification."
         )
     try:
         model, info = AutoModelForImageClassification.from_pretrained(
-            name_or_path, use_safetensors=True, output_loading_info=True, **options
+            name_or_path, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name_or_path} cannot be loaded as an image classifier: {_first_line(error)}") from error
+    except Exception as error:
+        raise ValueError(f"{name_or_path} cannot be loaded as an image classifier: {_reason(error)}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(
-            f"{name_or_path} lacks {len(missing)} weights, among them {missing[0]}: the file is incomplete."
+            f"{name_or_path} lacks {len(missing)} weights, among them {missing[0]}: it was not trained to classify "
+            "images, or the file is incomplete."
         )
     try:
         processor = AutoImageProcessor.from_pretrained(processor_name or name_or_path, **options)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise ValueError(
             f"{processor_name or name_or_path} has no image processor: set --image_processor_name to a model whose "
             "preprocessing is the same."
         ) from error
     return model, processor
+
+
+def match_labels(images: LabelledImages, model: nn.Module) -> LabelledImages:
+    """The images with their classes numbered as the model numbers them.
+
+    When the model has a name for each class of the data, names decide; otherwise the numbers are taken as they are.
+
+    Raises:
+        ValueError: when the data have labels that the model cannot answer.
+    """
+    names = [str(model.config.id2label.get(number, number)) for number in range(model.config.num_labels)]
+    if len(set(names)) == len(names) and set(images.class_names) <= set(names):
+        train, test = with_classes(images.train, images.test, names=names)
+        return LabelledImages(train, test, images.name)
+    if len(images.class_names) > len(names):
+        raise ValueError(
+            f"{images.name} has {len(images.class_names)} classes and the model answers {len(names)}: "
+            "use the data set the model was trained for."
+        )
+    return images
+
+
+def small_model(architecture: str, images: LabelledImages) -> tuple[nn.Module, object]:
+    """A small untrained model for these images, a `vit` or a `resnet`, and its image processor."""
+    first = to_array(images.train[0]["image"])
+    side = min(max(first.shape[:2]), _LARGEST_INPUT)
+    return ARCHITECTURES[architecture](images.class_names, side, first.shape[2])
 
 
 def small_vit(class_names: list[str], image_size: int, channels: int) -> tuple[nn.Module, object]:
@@ -114,7 +153,7 @@ def small_vit(class_names: list[str], image_size: int, channels: int) -> tuple[n
         patch_size=2 if tiny else 4,
         num_channels=channels,
         hidden_size=width,
-        num_hidden_layers=4 if tiny else 6,
+        num_hidden_layers=4,
         num_attention_heads=4,
         intermediate_size=2 * width,
         **_labels(class_names),
@@ -131,7 +170,7 @@ def small_resnet(class_names: list[str], image_size: int, channels: int) -> tupl
         num_channels=channels,
         embedding_size=16 if tiny else 64,
         hidden_sizes=[16, 32, 64] if tiny else [64, 128, 256],
-        depths=[1, 1, 1] if tiny else [2, 2, 2],
+        depths=[1, 1, 1],
         layer_type="basic",
         **_labels(class_names),
     )
@@ -170,15 +209,6 @@ def shift_and_flip(share: float, flip: bool):
     return transform
 
 
-def check_labels(model: nn.Module, class_names: list[str], data_name: str) -> None:
-    """Raise ValueError when the data have labels that the model cannot answer."""
-    if len(class_names) > model.config.num_labels:
-        raise ValueError(
-            f"{data_name} has {len(class_names)} classes and the model answers {model.config.num_labels}: "
-            "use the data set the model was trained for."
-        )
-
-
 def _labels(class_names: list[str]) -> dict:
     return {"id2label": dict(enumerate(class_names)), "label2id": {name: i for i, name in enumerate(class_names)}}
 
@@ -190,5 +220,18 @@ def _processor(image_size: int, channels: int):
     return ViTImageProcessor(size=size, image_mean=[0.5] * channels, image_std=[0.5] * channels)
 
 
-def _first_line(error: Exception) -> str:
+def _with_channels(array: np.ndarray, channels: int) -> np.ndarray:
+    if array.shape[2] == channels:
+        return array
+    if channels == 3:
+        return np.repeat(array, 3, axis=2)
+    return np.asarray(PIL.Image.fromarray(array).convert("L"))[..., None]
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what transformers says, or what it means."""
+    if "trust_remote_code" in str(error):
+        return "it needs code of its own, which is not run."
+    if "ignore_mismatched_sizes" in str(error):
+        return "its weights do not fit its config.json."
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,120 @@
+"""What cannot work together with FIP's terms: each is refused before training, with the way out.
+
+Most of it would not fail by itself: it would train without the penalty, or with a wrong one.
+"""
+
+from __future__ import annotations
+
+import os
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.trainer_utils import has_length
+from transformers.training_args import OptimizerNames
+
+from .config import FIPArguments
+from .fisher.likelihood import Likelihood, infer_likelihood
+from .fisher.scores import trainable_parameters
+from .fisher.trace import TraceEstimator
+
+
+def check_arguments(model: nn.Module, args: FIPArguments, likelihood: Likelihood | None = None) -> None:
+    """Raise a ValueError for a model and arguments that cannot work together.
+
+    Nothing is checked for `eta_f = eta_r = 0`, which is plain training.
+    """
+    args.check()
+    if args.eta_f == 0 and args.eta_r == 0:
+        return
+    _check_devices(model, args)
+    trainable_parameters(model)
+    likelihood = likelihood or infer_likelihood(model)
+    if args.eta_f > 0:
+        _check_passes(args)
+        _check_kernels(model, args)
+        make_trace(model, args, likelihood)
+
+
+def make_trace(model: nn.Module, args: FIPArguments, likelihood: Likelihood, **options) -> TraceEstimator:
+    """The estimator of Tr F that the arguments ask for."""
+    return TraceEstimator(
+        model,
+        likelihood,
+        estimator=args.trace_estimator,
+        gradient=args.trace_gradient,
+        labels=args.fisher_labels,
+        epsilon=args.trace_epsilon,
+        chunk_size=args.fisher_chunk_size,
+        **options,
+    )
+
+
+def check_dataset(dataset, args: FIPArguments) -> None:
+    """Raise a ValueError when diag F̄ is wanted of training data without a length."""
+    if args.eta_r > 0 and not has_length(dataset):
+        raise ValueError(
+            "eta_r > 0 needs diag F̄ over the training data, and these have no length (a stream?): "
+            "pass a dataset with a length, or set eta_r=0."
+        )
+
+
+def _check_devices(model: nn.Module, args: FIPArguments) -> None:
+    """One whole model a process, and `.grad` as the place where gradients are collected."""
+    if args.fsdp or _is_set("ACCELERATE_USE_FSDP"):
+        raise ValueError("FSDP is not supported yet: sharded parameters would get no trace gradient. Use DDP.")
+    if args.deepspeed or _is_set("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError("DeepSpeed is not supported: it owns the backward pass. Use DDP.")
+    devices = set((getattr(model, "hf_device_map", None) or {}).values()) - {"cpu", "disk"}
+    if len(devices) > 1 or getattr(model, "is_distributed_loading_by_transformers", False):
+        raise ValueError("A model spread over several devices is not supported: load it on one, and use DDP.")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process (DataParallel) are not supported: start one process a GPU with "
+            "`accelerate launch`, or set CUDA_VISIBLE_DEVICES to one of them."
+        )
+    if args.parallelism_config is not None or _is_set("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        raise ValueError("Tensor, context and sequence parallelism are not supported: use DDP.")
+    optimizer = OptimizerNames(args.optim).value
+    if "layerwise" in optimizer or "lomo" in optimizer:
+        raise ValueError(
+            f"optim={optimizer!r} steps during the backward pass, before the penalties are there: use another one."
+        )
+
+
+def _check_passes(args: FIPArguments) -> None:
+    """The score of drawn labels takes a second backward pass through the task's graph."""
+    checkpointing = args.activation_checkpointing_kwargs or {}
+    if args.activation_checkpointing and checkpointing.get("use_reentrant", False):
+        raise ValueError(
+            "Reentrant activation checkpointing cannot give the score of drawn labels: set "
+            "activation_checkpointing_kwargs={'use_reentrant': False}."
+        )
+    if args.torch_compile and args.trace_gradient == "double_backward":
+        raise ValueError(
+            "Compiled code has no second derivative: set trace_gradient='finite_difference', or torch_compile=False."
+        )
+    if args.ddp_static_graph:
+        raise ValueError("ddp_static_graph gives wrong weights with a second backward pass: set it to False.")
+    if args.use_liger_kernel:
+        raise ValueError("use_liger_kernel makes no logits, which Tr F needs: set use_liger_kernel=False.")
+
+
+def _check_kernels(model: nn.Module, args: FIPArguments) -> None:
+    """Double backward needs attention with a second derivative in every part of the model."""
+    if args.trace_gradient != "double_backward":
+        return
+    allowed = {"eager", None}
+    if args.trace_estimator == "exact":
+        allowed.add("sdpa")  # per-sample scores select its MATH kernel, which has one
+    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    kernels = {getattr(part.config, "_attn_implementation", None) for part in parts} - allowed
+    if kernels:
+        raise ValueError(
+            f"trace_gradient='double_backward' needs attention with a second derivative, and this model uses "
+            f"{sorted(kernels)[0]!r}: load it with attn_implementation='eager' (or "
+            "model.set_attn_implementation('eager')), or use trace_gradient='finite_difference'."
+        )
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("true", "1")

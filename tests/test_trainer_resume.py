@@ -1,0 +1,252 @@
+"""A run that was killed and resumed ends as one that was not."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kill_and_resume import RANDOM_KILLS, WRITES, trainer
+from peft import LoraConfig
+from safetensors.torch import load_file
+from torch import nn
+from trainer_cases import (
+    PlainNet,
+    Snapshots,
+    eager_vit,
+    identical,
+    image_trainer,
+    logged,
+    marian,
+    resnet,
+    text_trainer,
+    trained,
+    vit,
+    weights,
+)
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import hf_fip.trainer
+from hf_fip.anchor import ANCHOR_NAME
+from hf_fip.checkpoint import last_complete_checkpoint
+
+BOTH = {"eta_f": 0.05, "eta_r": 1.0}
+SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+
+
+# ---- Killed ----
+
+
+def test_a_run_killed_at_any_moment_ends_with_the_same_weights(tmp_path):
+    expected = trained(trainer(tmp_path / "whole"))
+    place = Path(__file__).parent
+    path = os.pathsep.join([str(place.parent), str(place), *filter(None, [os.environ.get("PYTHONPATH")])])
+    (tmp_path / "killed").mkdir()
+    killed = subprocess.run(
+        [sys.executable, place / "kill_and_resume.py", tmp_path / "killed"],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert killed.returncode == 0, killed.stderr
+    ends = json.loads(killed.stdout.splitlines()[-1])
+    assert ends.pop("last") == 0, killed.stderr
+    assert ends.pop("last, at random") == 0, killed.stderr
+    assert set(ends.values()) == {-signal.SIGKILL}, ends
+    assert len(ends) == 6 + 2 * len(WRITES) + RANDOM_KILLS
+    assert identical(load_file(tmp_path / "killed" / "final.safetensors"), expected)
+    assert identical(load_file(tmp_path / "killed" / "at_random" / "final.safetensors"), expected)
+
+
+# ---- Resumed ----
+
+
+LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
+
+
+class Whole(nn.Module):
+    """A module of the user's own around a model of transformers."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = vit(0.2)
+
+    def forward(self, pixel_values, labels=None):
+        return self.inner(pixel_values, labels=labels)
+
+
+def images(model, **fixed):
+    return lambda folder, **options: image_trainer(folder, model(), **{**options, **fixed})
+
+
+RUNS = {
+    "vit": images(lambda: vit(0.2)),
+    "vit-adamw-bf16": images(lambda: eager_vit(0.2), optim="adamw_torch", bf16=True),
+    "resnet-accumulation": images(resnet, gradient_accumulation_steps=2),
+    "resnet-epochs": images(resnet, max_steps=-1, num_train_epochs=2, per_device_train_batch_size=8),
+    "plain-module": images(lambda: PlainNet(0.2)),
+    "module-around-a-vit": images(Whole),
+    "signed": images(lambda: vit(0.2), trace_estimator="signed_sum"),
+    "seq2seq": lambda folder, **options: text_trainer(folder, marian(0.2), **options),
+    "adapter": images(lambda: vit(0.2), peft_config=LORA),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_resumed_run_ends_with_the_same_weights(name, step, tmp_path, monkeypatch):
+    calls = []
+    real = hf_fip.trainer.fisher_diagonal
+    monkeypatch.setattr(
+        hf_fip.trainer, "fisher_diagonal", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs)
+    )
+    whole = RUNS[name](tmp_path, **BOTH, **SAVING, trace_interval=3)
+    expected = trained(whole)
+    assert len(calls) == 1
+    for folder in tmp_path.glob("checkpoint-*"):
+        if int(folder.name.partition("-")[2]) > step:
+            shutil.rmtree(folder)
+    resumed = RUNS[name](tmp_path, **BOTH, **SAVING, trace_interval=3)
+    resumed.train(resume_from_checkpoint=True)
+    assert identical(weights(resumed.model), expected)
+    assert len(calls) == 1  # diag F̄ came from the checkpoint
+    assert identical(resumed._anchor.received, whole._anchor.received)
+    assert identical(resumed._anchor.diagonal, whole._anchor.diagonal)
+    for key in ("loss", "task_loss", "fisher_trace", "drift"):
+        assert logged(resumed, key) == logged(whole, key)
+
+
+@pytest.mark.parametrize("model", [vit, PlainNet], ids=lambda model: model.__name__)
+def test_a_checkpoint_of_the_plain_trainer_is_resumed(model, tmp_path):
+    options = {"disable_tqdm": True, "use_cpu": True, "per_device_train_batch_size": 4, "dataloader_pin_memory": False}
+    optimizer = {"optim": "sgd", "optim_args": "momentum=0.9", "lr_scheduler_type": "cosine", "learning_rate": 0.05}
+    args = TrainingArguments(str(tmp_path / "out"), **SAVING, **options, **optimizer)
+    data = image_trainer(tmp_path / "other", model()).train_dataset
+    plain = Trainer(model(0.2), args, train_dataset=data)
+    expected = trained(plain)
+    shutil.rmtree(tmp_path / "out" / "checkpoint-6")
+    fip = image_trainer(tmp_path / "out", model(0.2), eta_f=0, eta_r=0, **SAVING)
+    fip.train(resume_from_checkpoint=True)
+    assert identical(weights(fip.model), expected)
+
+
+# ---- Half-written checkpoints ----
+
+
+def cut(name):
+    def spoil(folder):
+        os.truncate(folder / name, (folder / name).stat().st_size - 1)
+
+    return spoil
+
+
+def without(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def empty(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        *(cut(name) for name in ("model.safetensors", "optimizer.pt", "rng_state.pth", ANCHOR_NAME)),
+        lambda folder: os.truncate(folder / "trainer_state.json", 100),
+        lambda folder: os.truncate(folder / "model.safetensors", 0),
+        *(without(name) for name in ("model.safetensors", "trainer_state.json")),
+        empty,
+    ],
+    ids=["weights", "optimizer", "random", "anchor", "state", "zero", "no-weights", "no-state", "empty"],
+)
+def test_a_half_written_checkpoint_is_passed_over(spoil, tmp_path):
+    expected = trained(image_trainer(tmp_path, vit(0.2), **BOTH, **SAVING))
+    assert last_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-6")
+    spoil(tmp_path / "checkpoint-6")
+    assert last_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-4")
+    resumed = image_trainer(tmp_path, vit(0.2), **BOTH, **SAVING)
+    resumed.train(resume_from_checkpoint=True)
+    assert identical(weights(resumed.model), expected)
+    assert last_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-6")
+
+
+def test_writing_over_an_old_checkpoint_is_not_taken_for_that_one(tmp_path, monkeypatch):
+    trained(image_trainer(tmp_path, vit(0.2), **BOTH, **SAVING))
+
+    def fail(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    again = image_trainer(tmp_path, vit(0.2), seed=7, **BOTH, **SAVING)
+    monkeypatch.setattr(again, "_save_optimizer_and_scheduler", fail)
+    with pytest.raises(OSError, match="No space left"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    assert last_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-2")
+
+
+# ---- What cannot be resumed ----
+
+
+def test_resuming_without_any_complete_checkpoint_is_refused(tmp_path):
+    for prepare in (lambda: None, lambda: (tmp_path / "checkpoint-2").mkdir()):
+        prepare()
+        with pytest.raises(ValueError, match="No valid checkpoint found"):
+            image_trainer(tmp_path, vit(), **BOTH).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ({"eta_r": 0.0}, {}, f"has no {ANCHOR_NAME}.*eta_r=0.*or start anew"),
+        ({"save_only_model": True}, {}, f"has no {ANCHOR_NAME}.*save_only_model"),
+        ({}, {"model": lambda: vit(0.2, intermediate_size=8)}, "is of another model: they differ in 6 weights"),
+        ({}, {"model": lambda: vit(0.2, num_hidden_layers=3)}, "is of another model: .* vit.layers.2"),
+        ({"eta_r": 0.0}, {"eta_r": 0.0, "model": resnet}, "is of another model"),
+    ],
+    ids=["no-drift", "only-model", "other-size", "other-depth", "other-model"],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(first, second, message, tmp_path):
+    def make(model=lambda: vit(0.2), **options):
+        return image_trainer(tmp_path, model(), **{**BOTH, **SAVING, **options})
+
+    trained(make(**first))
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    other, snapshots = make(**second), Snapshots()
+    other.add_callback(snapshots)
+    with pytest.raises(ValueError, match=message):
+        other.train(resume_from_checkpoint=True)
+    assert not snapshots.weights  # before the first update
+
+
+class Unfreeze(TrainerCallback):
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        model.requires_grad_(True)
+
+
+def test_the_drift_of_a_weight_unfrozen_on_the_way_is_refused(tmp_path):
+    model = vit()
+    model.vit.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"received value of vit\.\S+ is not known: freeze"):
+        image_trainer(tmp_path, model, eta_f=0.0, eta_r=1.0, callbacks=[Unfreeze()]).train()
+
+
+def test_a_finished_run_makes_no_further_update(tmp_path):
+    options = {**BOTH, "save_strategy": "steps", "save_steps": 4, "max_steps": 4}  # amid an epoch of six
+    expected = trained(image_trainer(tmp_path, vit(0.2), **options))
+    again = image_trainer(tmp_path, vit(0.2), **options)
+    again.train(resume_from_checkpoint=True)
+    assert identical(weights(again.model), expected)
+    assert again.state.global_step == 4
+
+
+def test_a_run_without_drift_resumes_from_a_checkpoint_with_it(tmp_path):
+    trained(image_trainer(tmp_path, vit(0.2), **BOTH, **SAVING))
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    resumed = image_trainer(tmp_path, vit(0.2), eta_f=0.05, **SAVING)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert len(logged(resumed, "loss")) == 6 and len(logged(resumed, "drift")) == 2
