@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 
-
 STATEMENTS = (
     "import transformers",
     "import hf_fip",
@@ -36,7 +35,10 @@ def main() -> None:
     for _ in range(rounds + 1):
         for statement in STATEMENTS:
             times[statement].append(seconds(statement))
-    for statement, base in (("import hf_fip", "import transformers"), ("from hf_fip import FIPTrainer", STATEMENTS[2])):
+    for statement, base in (
+        ("import hf_fip", "import transformers"),
+        ("from hf_fip import FIPTrainer", STATEMENTS[2]),
+    ):
         ratios = [a / b for a, b in zip(times[statement][1:], times[base][1:], strict=True)]
         print(f"{statement}: {statistics.median(ratios):.2f}× the time of `{base}`", end=" ")
         print(f"({statistics.median(times[statement][1:]):.2f} s, {statistics.median(times[base][1:]):.2f} s)")

@@ -26,7 +26,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 PURIFY = {"vit": "purify_vit.py", "resnet": "purify_cnn.py"}
@@ -55,7 +54,7 @@ def best_learning_rate(script: str, folder: Path, victim: Path, data: list[str],
             *("--model_name_or_path", str(victim), "--eta_f", "0", "--learning_rate", rate),
             *("--held_out_clean_samples", str(held_out), *data, *steps),
         )
-        scores[rate] = report["clean_validation_accuracy"]
+        scores[rate] = report["validation_accuracy"]
     return max(scores, key=scores.get)
 
 

@@ -27,7 +27,6 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, 
 from hf_fip import FIPConfig, FIPTrainer
 from hf_fip.scripts.report import versions
 
-
 VARIANTS = {
     "plain fine-tuning": {"eta_f": 0.0},
     "FIP, default interval": {},
@@ -46,7 +45,12 @@ BATCH = 64
 def vit(attention: str):
     """A ViT-Ti (5.4 M parameters) on 32×32 images."""
     config = ViTConfig(
-        image_size=32, patch_size=4, hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768
+        image_size=32,
+        patch_size=4,
+        hidden_size=192,
+        num_hidden_layers=12,
+        num_attention_heads=3,
+        intermediate_size=768,
     )
     config._attn_implementation = attention
     return ViTForImageClassification(config)

@@ -58,7 +58,7 @@ class Anchor:
                 "or save_only_model=True. Resume with eta_r=0, or start anew."
             )
         groups: dict[str, dict[str, Tensor]] = {"received": {}, "diagonal": {}}
-        for key, tensor in load_file(path, device=str(device)).items():
+        for key, tensor in load_file(path).items():
             group, _, name = key.partition(".")
-            groups[group][name] = tensor
+            groups[group][name] = tensor.to(device)
         return cls(**groups)

@@ -171,11 +171,16 @@ def test_each_micro_batch_gets_its_own_dropout_mask_back():
 
 
 def test_exact_and_diagonal_are_taken_in_eval_mode():
-    quiet, noisy, batch = vit(), vit(hidden_dropout_prob=0.5).train(), make_batch("vit")
-    options = {"estimator": "exact", "labels": "empirical", "gradient": "double_backward"}
-    assert torch.equal(estimate(quiet, [batch], **options)[1], estimate(noisy, [batch], **options)[1])
-    diagonals = [flat(fisher_diagonal(model, [batch], labels="empirical").values()) for model in (quiet, noisy)]
-    assert torch.equal(*diagonals)
+    quiet, noisy, batch = vit(), vit(hidden_dropout_prob=0.5).train(), make_batch("vit", rows=16)
+    for labels in ("empirical", "sampled"):  # the draw of the labels as well
+        options = {"estimator": "exact", "labels": labels, "gradient": "double_backward"}
+        assert torch.equal(estimate(quiet, [batch], **options)[1], estimate(noisy, [batch], **options)[1])
+        seeded = [torch.Generator().manual_seed(0) for _ in range(2)]
+        diagonals = [
+            flat(fisher_diagonal(model, [batch], labels=labels, generator=generator).values())
+            for model, generator in zip((quiet, noisy), seeded, strict=True)
+        ]
+        assert torch.equal(*diagonals)
 
 
 # ---- Interrupted ----
@@ -216,6 +221,7 @@ def test_an_interrupted_second_pass_gives_the_random_state_back(error):
     model = vit(hidden_dropout_prob=0.3).train()
     estimator = TraceEstimator(model)
     estimator.observe(make_batch("vit"), torch.Generator().manual_seed(0))
+    torch.rand(3)
     found = torch.get_rng_state()
     model.classifier.register_forward_hook(Fuse(error, 1))
     with pytest.raises(type(error)):

@@ -1,5 +1,7 @@
 """Tr F, diag F̄ and per-sample scores are right: by closed form, by a plain loop, and by an independent library."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -214,6 +216,13 @@ def test_vmap_and_loop_give_the_same_scores(monkeypatch, name, options):
     torch.testing.assert_close(by_vmap, by_loop, rtol=1e-4, atol=1e-5 * by_loop.abs().max().item())
 
 
+def test_vmap_over_the_default_attention_warns_of_nothing():
+    """The fused kernels have no batching rule, and torch says so in every run."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scores_of(vit("sdpa"), make_batch("vit"))
+
+
 @pytest.mark.parametrize("name", ["vit", "marian"])  # by vmap, by loop
 @pytest.mark.parametrize("chunk_size", [1, 3, 100])
 def test_the_chunk_size_does_not_change_the_scores(name, chunk_size):
@@ -230,6 +239,30 @@ def test_scores_are_taken_inside_no_grad_too(name):
         inside = scores_of(model, batch)
         assert not torch.is_grad_enabled()
     assert torch.equal(inside, scores_of(model, batch))
+
+
+class Scaled(nn.Module):
+    """Takes more than one tensor with a row for each sample."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(5, CLASSES)
+
+    def forward(self, x, weights, temperature, offset=None):
+        logits = self.linear(x * weights) / temperature
+        return logits if offset is None else logits + offset
+
+
+@pytest.mark.parametrize("way", ["vmap", "loop"])
+def test_inputs_that_have_no_row_for_each_sample_are_shared(monkeypatch, way):
+    if way == "loop":
+        forbid(monkeypatch, "functional_call", RuntimeError("vmap cannot trace this"))
+    model, batch = Scaled(), make_batch("linear", rows=4)
+    shared = {"weights": torch.arange(5.0), "temperature": torch.tensor(2.0), "offset": None}
+    expected = torch.softmax(model(batch["x"], **shared), dim=-1) - F.one_hot(batch["labels"], CLASSES)
+    found = scores_of(model, batch | shared)
+    torch.testing.assert_close(found[:, -CLASSES:], -expected.detach() / 2, **CLOSE)  # the bias
 
 
 class Failing(nn.Module):

@@ -1,9 +1,14 @@
 """The recipes as a person runs them: what comes out, what is said, what is refused, and what a kill leaves."""
 
+import functools
+import itertools
 import json
+import multiprocessing
 import os
+import pkgutil
 import re
 import resource
+import runpy
 import signal
 import subprocess
 import sys
@@ -13,20 +18,16 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import torch
 import transformers
 from safetensors.numpy import load_file
 from transformers import AutoModelForImageClassification
 
 from hf_fip.evaluation.backdoor import PurificationCurve
-from hf_fip.scripts import backdoor_image, purify_image, terminal
+from hf_fip.scripts import purify_image
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-MAINS = {
-    "backdoor_image": backdoor_image.main,
-    "purify_vit": lambda: purify_image.main("vit"),
-    "purify_cnn": lambda: purify_image.main("resnet"),
-}
-SMALL = ["--max_train_samples", "120", "--max_test_samples", "60", "--use_cpu"]
+SMALL = ["--max_train_samples", "120", "--max_test_samples", "60", "--clean_fraction", "0.1", "--use_cpu"]
 SHORT = [*SMALL, "--max_steps", "2"]
 
 
@@ -34,21 +35,32 @@ SHORT = [*SMALL, "--max_steps", "2"]
 def clean_place(tmp_path, monkeypatch):
     """An empty working folder; and what a recipe does to the libraries' chatter is undone."""
     monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the runs that the results are compared with
     verbosity = transformers.utils.logging.get_verbosity()
     with warnings.catch_warnings():
         yield
     transformers.utils.logging.set_verbosity(verbosity)
     transformers.utils.logging.enable_progress_bar()
     datasets.enable_caching()
+    torch.set_num_threads(threads)
 
 
-def environment(**extra) -> dict:
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "", **extra}
+def spawn(*command, cwd) -> subprocess.CompletedProcess:
+    """Run Python as a person does."""
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": ""}
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
-def spawn(*command, **options) -> subprocess.CompletedProcess:
-    options = {"env": environment(), "capture_output": True, "text": True, "timeout": 300, **options}
-    return subprocess.run([sys.executable, *map(str, command)], **options)
+def execute(name: str, arguments) -> int:
+    """Run a recipe in this process; gives its exit code."""
+    sys.argv = [f"{name}.py", *map(str, arguments)]
+    try:
+        runpy.run_path(str(RECIPES / f"{name}.py"), run_name="__main__")
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
 
 
 @pytest.fixture
@@ -56,26 +68,70 @@ def run(monkeypatch, capfd):
     """Run a recipe in this process: gives exit code, stdout and stderr."""
 
     def run(name: str, *arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", [])  # to be put back
         capfd.readouterr()
-        code = 0
-        try:
-            terminal.run(MAINS[name])
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capfd.readouterr()
+        return execute(name, arguments), *capfd.readouterr()
 
     return run
+
+
+# Processes of their own, forked from one that has imported everything, so that they can be killed at any point
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["hf_fip.scripts.purify_image", "sklearn.datasets", "matplotlib.figure", "rich.table"])
+
+
+def fork(name: str, *arguments, cwd, kill: tuple[str, int] | None = None, largest_file: int | None = None):
+    """Run a recipe in a process of its own: gives its exit code and stderr.
+
+    Args:
+        kill: a function, by its full name, at whose n-th call the process kills itself.
+        largest_file: bytes, as if the disk were full beyond.
+    """
+    arguments = [str(argument) for argument in arguments]
+    child = FORKS.Process(target=_child, args=(name, arguments, str(cwd), kill, largest_file))
+    child.start()
+    child.join(300)
+    assert child.exitcode is not None, "the process hangs"
+    errors = Path(cwd, "stderr")
+    text = errors.read_text()
+    errors.unlink()
+    return child.exitcode, text
+
+
+def _child(name, arguments, cwd, kill, largest_file):
+    os.chdir(cwd)
+    torch.set_num_threads(1)
+    os.dup2(os.open("stderr", os.O_WRONLY | os.O_CREAT), 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if largest_file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    if kill:
+        _kill_at(*kill)
+    sys.exit(execute(name, arguments))
+
+
+def _kill_at(place: str, count: int) -> None:
+    owner_name, _, name = place.rpartition(".")
+    owner = pkgutil.resolve_name(owner_name)
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    @functools.wraps(original)
+    def killing(*args, **kwargs):
+        if next(calls) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, killing)
 
 
 @pytest.fixture(scope="module")
 def victim(tmp_path_factory) -> Path:
     """A small ViT that keeps 12 clean images aside, with seed 5; too briefly trained to have learned anything."""
-    folder = tmp_path_factory.mktemp("victims") / "vit"
-    arguments = ["--output_dir", folder, "--num_train_epochs", "1", "--seed", "5"]
-    done = spawn(RECIPES / "backdoor_image.py", *SMALL, *arguments)
-    assert done.returncode == 0, done.stderr
-    return folder
+    place = tmp_path_factory.mktemp("victim")
+    arguments = ["--output_dir", "vit", "--num_train_epochs", "1", "--seed", "5"]
+    assert fork("backdoor_image", *SMALL, *arguments, cwd=place) == (0, "")
+    return place / "vit"
 
 
 def report_of(folder) -> dict:
@@ -246,11 +302,11 @@ def test_two_processes_under_accelerate_make_one_folder(victim, tmp_path):
     assert report_of("outputs/purify_vit")["before"] == report_of(victim)["victim"]
 
 
-@pytest.mark.parametrize("name", MAINS)
+@pytest.mark.parametrize("name", ["backdoor_image", "purify_vit", "purify_cnn"])
 def test_help_explains(name, run):
     code, out, err = run(name, "--help")
     assert (code, err) == (0, "")
-    for word in ("--dataset_name", "--eta_f", "scikit-learn", "    python recipes/", "    accelerate launch recipes/"):
+    for word in ("--dataset_name", "--eta_f", "handwritten", "    python recipes/", "    accelerate launch recipes/"):
         assert word in out
     assert len(re.findall(r"\(default: ", out)) > 100
 
@@ -301,7 +357,7 @@ USER_ERRORS = {
     "not a choice": (["--trace_form", "square"], "square.*log_trace"),
     "a wrong setting": (["--eta_f", "-1"], "eta_f=-1.0"),
     "pushing": (["--push_to_hub"], "does not push"),
-    "a place under a file": (["--output_dir", "broken.parquet/out"], "Not a directory|is there already"),
+    "a place under a file": (["--output_dir", "broken.parquet/out"], "broken.parquet is no folder"),
     "a foreign folder": (["--output_dir", "headless", "--overwrite_output_dir"], "not what an earlier run left"),
 }
 
@@ -345,14 +401,10 @@ def test_a_finished_run_is_replaced_only_when_asked_to(victim, run):
 
 
 def test_a_full_disk_is_one_line(victim, tmp_path):
-    def limited():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # the weights take 300 kB
-
-    arguments = [*SHORT, "--model_name_or_path", victim]
-    done = spawn(RECIPES / "purify_vit.py", *arguments, cwd=tmp_path, preexec_fn=limited)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert left_in("outputs") == set()
+    arguments = [*SHORT, "--model_name_or_path", victim, "--output_dir", "out"]
+    code, err = fork("purify_vit", *arguments, cwd=tmp_path, largest_file=100_000)  # the weights take 300 kB
+    assert code == 1 and err.startswith("error: ") and err.count("\n") == 1
+    assert left_in(tmp_path) == set()
 
 
 # What a kill leaves
@@ -360,33 +412,13 @@ def test_a_full_disk_is_one_line(victim, tmp_path):
 LONG = [*SMALL, "--max_steps", "6", "--save_steps", "2", "--per_device_train_batch_size", "4", "--eta_r", "0.1"]
 VICTIM = [*SMALL, "--num_train_epochs", "2", "--seed", "5", "--save_strategy", "steps", "--save_steps", "2"]
 KILLS = {  # recipe, arguments, the point of the program where it is killed
-    "a victim, in training": ("backdoor_image", VICTIM, "transformers.Trainer.training_step", 3),
-    "in training": ("purify_vit", LONG, "transformers.Trainer.training_step", 5),
-    "writing a checkpoint": ("purify_vit", LONG, "transformers.Trainer._save_rng_state", 2),
-    "after training": ("purify_vit", LONG, "hf_fip.evaluation.backdoor.BackdoorTest.measure", 23),
-    "writing the result": ("purify_vit", LONG, "hf_fip.scripts.purify_image.make_card", 1),
-    "moving the result": ("purify_vit", LONG, "hf_fip.scripts.run_folder.os.replace", 2),
+    "a victim, in training": ("backdoor_image", VICTIM, ("transformers.Trainer.training_step", 4)),
+    "in training": ("purify_vit", LONG, ("transformers.Trainer.training_step", 5)),
+    "writing a checkpoint": ("purify_vit", LONG, ("transformers.Trainer._save_rng_state", 2)),
+    "measuring the result": ("purify_vit", LONG, ("hf_fip.evaluation.backdoor.BackdoorTest.measure", 9)),
+    "writing the result": ("purify_vit", LONG, ("hf_fip.scripts.purify_image.make_card", 1)),
+    "moving the result": ("purify_vit", LONG, ("hf_fip.scripts.run_folder.RunFolder.publish", 1)),
 }
-KILLER = """
-import os, signal, sys, functools, pkgutil
-place, name = sys.argv[1].rsplit(".", 1)
-count, sys.argv = int(sys.argv[2]), sys.argv[3:]
-from hf_fip.scripts import backdoor_image, purify_image, terminal
-owner = pkgutil.resolve_name(place)
-original = getattr(owner, name)
-calls = 0
-
-@functools.wraps(original)
-def killing(*args, **kwargs):
-    global calls
-    calls += 1
-    if calls == count:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*args, **kwargs)
-
-setattr(owner, name, killing)
-terminal.run(backdoor_image.main if "backdoor" in sys.argv[0] else lambda: purify_image.main("vit"))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -394,26 +426,24 @@ def undisturbed(tmp_path_factory, victim):
     """The folders that each recipe leaves when nothing happens to it."""
     place = tmp_path_factory.mktemp("undisturbed")
     for name, arguments in (("backdoor_image", VICTIM), ("purify_vit", [*LONG, "--model_name_or_path", victim])):
-        done = spawn(RECIPES / f"{name}.py", *arguments, "--output_dir", place / name)
-        assert done.returncode == 0, done.stderr
+        assert fork(name, *arguments, "--output_dir", name, cwd=place) == (0, "")
     return place
 
 
 @pytest.mark.parametrize("case", KILLS)
 def test_a_killed_run_goes_on_and_ends_with_the_same_weights(case, victim, undisturbed, run, tmp_path):
-    name, arguments, point, count = KILLS[case]
+    name, arguments, kill = KILLS[case]
     arguments = [*arguments, "--output_dir", "out"]
     if name == "purify_vit":
         arguments += ["--model_name_or_path", victim]
-    killed = spawn("-c", KILLER, point, count, name, *arguments, cwd=tmp_path)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert fork(name, *arguments, cwd=tmp_path, kill=kill) == (-signal.SIGKILL, "")
     assert left_in(tmp_path) == {"out.partial"}
     code, _, err = run(name, *arguments, "--learning_rate", "0.001")
     assert code == 1 and "out.partial holds an unfinished run with other arguments" in err
     assert "--overwrite_output_dir" in err
     code, out, err = run(name, *arguments)
     assert (code, err) == (0, "")
-    assert re.search(r"Going on with an interrupted run, from out.partial/checkpoint-[24].", out)
+    assert re.search(r"Going on with an interrupted run, from out.partial/checkpoint-[246].", out)
     assert left_in(tmp_path) == {"out"} and left_in("out") == left_in(undisturbed / name)
     assert_same_weights("out", undisturbed / name)
     before, after = report_of("out"), report_of(undisturbed / name)
@@ -423,9 +453,8 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(case, victim, undis
 
 def test_a_victim_killed_inside_a_purification_is_finished_there(run, tmp_path):
     arguments = [*SHORT, "--per_device_train_batch_size", "4"]
-    point = "hf_fip.evaluation.backdoor.BackdoorTest.measure"
-    killed = spawn("-c", KILLER, point, 1, "purify_vit", *arguments, cwd=tmp_path)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    kill = ("hf_fip.evaluation.backdoor.BackdoorTest.measure", 1)
+    assert fork("purify_vit", *arguments, cwd=tmp_path, kill=kill) == (-signal.SIGKILL, "")
     (partial,) = Path("outputs/victims").iterdir()
     assert partial.name.endswith(".partial") and left_in("outputs") == {"victims"}
     code, out, err = run("purify_vit", *arguments)

@@ -147,8 +147,8 @@ def test_a_checkpointed_batchnorm_moves_no_further_than_in_plain_training(tmp_pa
 
 @pytest.mark.usefixtures("uncompiled")
 def test_compilation_changes_no_update(tmp_path):
-    plain = trained(image_trainer(tmp_path, vit(0.2), **BOTH))
-    compiled = image_trainer(tmp_path, vit(0.2), **BOTH, torch_compile=True, torch_compile_backend="aot_eager")
+    plain = trained(image_trainer(tmp_path, PlainNet(0.2), **BOTH))
+    compiled = image_trainer(tmp_path, PlainNet(0.2), **BOTH, torch_compile=True, torch_compile_backend="aot_eager")
     assert distance(trained(compiled), plain) < 1e-6
     assert hasattr(compiled.model_wrapped, "_orig_mod")
 

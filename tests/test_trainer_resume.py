@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from kill_and_resume import RANDOM_KILLS, WRITES, trainer
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -41,6 +40,7 @@ SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
 # ---- Killed ----
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_ends_with_the_same_weights(tmp_path):
     expected = trained(trainer(tmp_path / "whole"))
     place = Path(__file__).parent
@@ -54,10 +54,10 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_weights(tmp_path):
     )
     assert killed.returncode == 0, killed.stderr
     ends = json.loads(killed.stdout.splitlines()[-1])
-    assert ends.pop("last") == 0, killed.stderr
-    assert ends.pop("last, at random") == 0, killed.stderr
-    assert set(ends.values()) == {-signal.SIGKILL}, ends
-    assert len(ends) == 6 + 2 * len(WRITES) + RANDOM_KILLS
+    assert ends.pop("last") == ends.pop("last, at random") == 0, killed.stderr
+    chosen = [end for name, end in ends.items() if "random moment" not in name]
+    assert chosen == [-signal.SIGKILL] * (6 + 2 * len(WRITES)), ends
+    assert len(ends) - len(chosen) == RANDOM_KILLS and {*ends.values()} <= {0, -signal.SIGKILL}, ends
     assert identical(load_file(tmp_path / "killed" / "final.safetensors"), expected)
     assert identical(load_file(tmp_path / "killed" / "at_random" / "final.safetensors"), expected)
 
@@ -88,6 +88,7 @@ RUNS = {
     "vit-adamw-bf16": images(lambda: eager_vit(0.2), optim="adamw_torch", bf16=True),
     "resnet-accumulation": images(resnet, gradient_accumulation_steps=2),
     "resnet-epochs": images(resnet, max_steps=-1, num_train_epochs=2, per_device_train_batch_size=8),
+    "resnet-at-epochs": images(resnet, max_steps=-1, num_train_epochs=3, save_strategy="epoch"),
     "plain-module": images(lambda: PlainNet(0.2)),
     "module-around-a-vit": images(Whole),
     "signed": images(lambda: vit(0.2), trace_estimator="signed_sum"),
@@ -97,8 +98,8 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-@pytest.mark.parametrize("step", [2, 4])
-def test_a_resumed_run_ends_with_the_same_weights(name, step, tmp_path, monkeypatch):
+@pytest.mark.parametrize("dropped", [1, 2])
+def test_a_resumed_run_ends_with_the_same_weights(name, dropped, tmp_path, monkeypatch):
     calls = []
     real = hf_fip.trainer.fisher_diagonal
     monkeypatch.setattr(
@@ -107,9 +108,8 @@ def test_a_resumed_run_ends_with_the_same_weights(name, step, tmp_path, monkeypa
     whole = RUNS[name](tmp_path, **BOTH, **SAVING, trace_interval=3)
     expected = trained(whole)
     assert len(calls) == 1
-    for folder in tmp_path.glob("checkpoint-*"):
-        if int(folder.name.partition("-")[2]) > step:
-            shutil.rmtree(folder)
+    for _ in range(dropped):  # of three
+        shutil.rmtree(last_complete_checkpoint(str(tmp_path)))
     resumed = RUNS[name](tmp_path, **BOTH, **SAVING, trace_interval=3)
     resumed.train(resume_from_checkpoint=True)
     assert identical(weights(resumed.model), expected)

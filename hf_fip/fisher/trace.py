@@ -226,13 +226,12 @@ class TraceEstimator:
                 return value, None
             if not squared_norm > 0:  # a flat point, or NaN: nothing to differentiate
                 return value, [torch.zeros_like(p) for p in self.parameters]
-            along = self._hessian_times_sum(total, squared_norm.sqrt().item())
-            return value, _scale_(along, 2.0 / rows.item())
+            return value, self._hessian_times_sum(total, squared_norm.sqrt().item(), 2.0 / rows.item())
         finally:
             self.reset()
 
-    def _hessian_times_sum(self, total: list[Tensor], norm: float) -> list[Tensor]:
-        """H G, summed over processes."""
+    def _hessian_times_sum(self, total: list[Tensor], norm: float, factor: float) -> list[Tensor]:
+        """factor · H G, summed over processes; `norm` is ‖G‖."""
         result = None
         if self.gradient == "double_backward":
             result = [torch.zeros_like(p) for p in self.parameters]
@@ -244,7 +243,7 @@ class TraceEstimator:
                         _accumulate(result, _scale_(summed_score(inner, self.parameters), 1.0 / seen.scale))
             for tensor in result:
                 self._reduce(tensor)
-            return _scale_(result, norm)
+            return _scale_(result, factor * norm)
         with displaced(self.parameters, total, self.epsilon / norm):
             for seen in self._seen:
                 with self._second_pass(seen) as scaled_log_prob:
@@ -253,7 +252,7 @@ class TraceEstimator:
         for tensor in result:
             self._reduce(tensor)
         torch._foreach_sub_(result, total)
-        return _scale_(result, norm / self.epsilon)
+        return _scale_(result, factor * norm / self.epsilon)
 
     @contextmanager
     def _second_pass(self, seen: _MicroBatch) -> Iterator[Tensor]:
@@ -328,7 +327,7 @@ def _second_derivative_advice() -> Iterator[None]:
 
 
 def _squared_norm(tensors: list[Tensor]) -> Tensor:
-    return torch.stack([at_least_float32(tensor).square().sum() for tensor in tensors]).sum()
+    return torch.stack([torch.linalg.vector_norm(at_least_float32(tensor)) for tensor in tensors]).square().sum()
 
 
 def _accumulate(total: list[Tensor] | None, more: list[Tensor]) -> list[Tensor]:

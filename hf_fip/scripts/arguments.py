@@ -12,6 +12,8 @@ from transformers import HfArgumentParser
 from ..config import FIPConfig
 from ..tasks.data import DIGITS
 
+CLEAN_FRACTION = 0.2  # of the training images, kept aside for the defender by a victim made here
+
 # Evaluation needs no gradients; memory is pinned for the copy to an accelerator, where there is one.
 COMMON_DEFAULTS = {
     "per_device_eval_batch_size": 256,
@@ -41,17 +43,27 @@ class DataArguments:
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use this many training images only."})
     max_test_samples: int | None = field(default=None, metadata={"help": "Use this many test images only."})
-    clean_fraction: float = field(
-        default=0.1,
-        metadata={"help": "Share of the training images that the defender has; a victim made here never saw them."},
+    clean_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the training images that the defender has. Default: a fifth for a victim made here, "
+            "which never sees them; for a given model all, or what it is known to have kept aside."
+        },
     )
     clean_samples: int | None = field(default=None, metadata={"help": "The same as a number; wins over the share."})
+    held_out_clean_samples: int = field(
+        default=0,
+        metadata={
+            "help": "Clean images taken out of the clean split to measure accuracy on (validation_accuracy in "
+            "report.json): choose settings by them, never by ASR or the test images."
+        },
+    )
     split_seed: int | None = field(
         default=None, metadata={"help": "Seed of the clean split. Default: the victim's own, else --seed."}
     )
 
-    def clean_count(self, training_images: int) -> int:
-        """The size of the clean split.
+    def clean_count(self, training_images: int, otherwise: int | None = None) -> int:
+        """The size of the clean split: what was asked for, else `otherwise`, else a fifth.
 
         Raises:
             ValueError: when the share is not between 0 and 1 or the split would be empty.
@@ -60,12 +72,15 @@ class DataArguments:
             if self.clean_samples < 1:
                 raise ValueError(f"--clean_samples={self.clean_samples} has to be at least 1.")
             return self.clean_samples
-        if not 0 < self.clean_fraction < 1:
-            raise ValueError(f"--clean_fraction={self.clean_fraction} has to lie between 0 and 1.")
-        count = round(self.clean_fraction * training_images)
+        if self.clean_fraction is None and otherwise is not None:
+            return otherwise
+        fraction = CLEAN_FRACTION if self.clean_fraction is None else self.clean_fraction
+        if not 0 < fraction < 1:
+            raise ValueError(f"--clean_fraction={fraction} has to lie between 0 and 1.")
+        count = round(fraction * training_images)
         if count < 1:
             raise ValueError(
-                f"--clean_fraction={self.clean_fraction} of {training_images} training images is an empty clean "
+                f"--clean_fraction={fraction} of {training_images} training images is an empty clean "
                 "split: raise it, or set --clean_samples."
             )
         return count

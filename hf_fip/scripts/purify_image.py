@@ -23,7 +23,7 @@ from transformers import set_seed
 from ..attacks import Attack
 from ..attacks.poison import to_array
 from ..config import FIPConfig
-from ..evaluation.backdoor import PurificationCurve
+from ..evaluation.backdoor import BackdoorTest, PurificationCurve
 from ..evaluation.metrics import WEAK_VICTIM, defense_effectiveness_rating
 from ..hub.card import make_card
 from ..plots import plot_purification, plot_triggers
@@ -50,7 +50,7 @@ def main(architecture: str) -> None:
         __doc__,
         output_dir=f"outputs/{name}",
         architecture=architecture,
-        max_steps=300,
+        max_steps=400,
         per_device_train_batch_size=64,
         save_steps=100,
         save_total_limit=1,
@@ -70,7 +70,8 @@ def purify(
     recorded = recorded_split(given)
     split_seed = next(s for s in (data.split_seed, recorded and recorded["seed"], training.seed) if s is not None)
     images = images_of(data, split_seed)
-    count = data.clean_count(len(images.train))
+    everything = len(images.train) if given else None
+    count = data.clean_count(len(images.train), recorded["samples"] if recorded else everything)
     if recorded:
         _check_split(recorded, images, split_seed, count)
     place = given or _make_victim(images, data, attack_arguments, model_arguments, training)
@@ -79,7 +80,10 @@ def purify(
     )
     images = match_labels(images, model)
     attack = attack_of(attack_arguments, given, len(images.class_names))
-    clean, _ = split_clean(images.train, count, split_seed)
+    clean = images.train if count == everything else split_clean(images.train, count, split_seed)[0]
+    held_out = None
+    if data.held_out_clean_samples:
+        held_out, clean = split_clean(clean, data.held_out_clean_samples, split_seed)
     if attack is None:
         say("No attack is known for this model (--attack NAME): only ACC is measured.")
     with folder:
@@ -99,22 +103,24 @@ def purify(
         show_progress(trainer)
         before = test.measure(trainer)
         answers_before = test.answers
-        say(f"Purifying {place} with {count} clean images of {images.name}.")
+        say(f"Purifying {place} with {len(clean)} clean images of {images.name}.")
         if attack is not None and before["asr"] < WEAK_VICTIM:
             say(f"warning: an ASR of {before['asr']:.1f} % before purification proves nothing about purification.")
         trainer.train(resume_from_checkpoint=folder.checkpoint or training.resume_from_checkpoint)
         after = test.measure(trainer)
+        validation = held_out and BackdoorTest(PixelDataset(held_out, processor, channels_of(model))).measure(trainer)
         trainer.save_model(str(folder.result))
         if trainer.is_world_process_zero():
             report = {
                 "before": before,
                 "after": after,
                 "der": None if attack is None else defense_effectiveness_rating(before, after),
+                "validation_accuracy": validation and validation["accuracy"],
                 "cost": cost.report,
                 "model": place,
                 "model_is_from_hub": bool(given) and not Path(given).exists(),
                 "attack": attack and attack.name,
-                "data": {"name": images.name, "clean_samples": count, "test_samples": len(images.test)},
+                "data": {"name": images.name, "clean_samples": len(clean), "test_samples": len(images.test)},
                 "arguments": arguments,
                 "seed": training.seed,
                 "versions": versions(),

@@ -46,6 +46,9 @@ class RunFolder:
             )
         if taken and not (self.final / REPORT_NAME).is_file():
             raise ValueError(f"{output_dir} is not what an earlier run left: choose another --output_dir.")
+        above = next(folder for folder in self.final.parents if folder.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise ValueError(f"{output_dir} cannot be made: {above} is no folder that you may write to.")
         self.discard_first = self.work.exists() and self._recorded() != self.arguments
         if self.discard_first and not overwrite and self.checkpoint:
             raise ValueError(

@@ -1,0 +1,85 @@
+"""Short runs in every process of a launcher; each process leaves its weights and what it logged.
+
+torchrun --nproc_per_node 2 two_processes.py FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from safetensors.torch import save_file
+from trainer_cases import Images, PlainNet, eager_vit, image_trainer, logged, vit, weights
+
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
+EXACT = {"trace_estimator": "exact", "trace_gradient": "double_backward", "fisher_labels": "empirical"}
+BOTH = {"eta_f": 0.05, "eta_r": 2.0, "train_dataset": Images(27)}  # an odd number: one process has a sample more
+SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+
+
+def batches_of_eight(split: int) -> dict:
+    """Updates of 8 samples over all processes, in `split` micro-batches each."""
+    return {"per_device_train_batch_size": 8 // split // PROCESSES, "gradient_accumulation_steps": split}
+
+
+# Equal on any number of processes, but for rounding.
+SAME = {
+    "exact": lambda folder: image_trainer(folder, eager_vit(), **BOTH, **EXACT, **batches_of_eight(1)),
+    "exact-accumulated": lambda folder: image_trainer(folder, eager_vit(), **BOTH, **EXACT, **batches_of_eight(2)),
+    "trace-form": lambda folder: image_trainer(
+        folder, eager_vit(), **BOTH, **EXACT, **batches_of_eight(1), trace_form="trace", trace_interval=2
+    ),
+    "drift-alone": lambda folder: image_trainer(
+        folder,
+        vit(),
+        **{**BOTH, "eta_f": 0.0, "trace_estimator": "signed_sum", "fisher_labels": "empirical"},
+        **batches_of_eight(1),
+    ),
+}
+# Each process draws its own labels and masks.
+DRAWN = {
+    "default": lambda folder: image_trainer(folder, vit(0.2), **BOTH, **SAVING),
+    "accumulated": lambda folder: image_trainer(
+        folder, vit(0.2), **BOTH, **SAVING, gradient_accumulation_steps=2, activation_checkpointing=True
+    ),
+    "batchnorm": lambda folder: image_trainer(folder, PlainNet(0.2), **BOTH, **SAVING, trace_estimator="signed_sum"),
+}
+
+
+def leave(trainer, folder: Path, name: str) -> None:
+    rank = PartialState().process_index
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights(trainer.model), folder / f"{name}-{rank}.safetensors")
+    logs = {key: logged(trainer, key) for key in ("loss", "task_loss", "fisher_trace", "drift")}
+    (folder / f"{name}-{rank}.json").write_text(json.dumps(logs))
+
+
+def main(folder: Path) -> None:
+    for name, make in SAME.items():
+        trainer = make(folder / "out")
+        trainer.train()
+        leave(trainer, folder, name)
+    if PROCESSES == 1:
+        return
+    for name, make in DRAWN.items():
+        trainer = make(folder / name)
+        trainer.train()
+        leave(trainer, folder, name)
+        PartialState().wait_for_everyone()
+        if PartialState().is_main_process:
+            shutil.rmtree(folder / name / "checkpoint-4")
+        PartialState().wait_for_everyone()
+        resumed = make(folder / name)
+        resumed.train(resume_from_checkpoint=True)
+        leave(resumed, folder, f"{name}-resumed")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    main(Path(sys.argv[1]))
