@@ -1,8 +1,8 @@
 """Purify victims with the recipes' defaults, beside two plain fine-tuning controls, over several seeds.
 
     python benchmarks/main_job.py --name digits
-    python benchmarks/main_job.py --name cifar10 --dataset_name path/to/cifar10 --max_train_samples 10000 \\
-        --max_test_samples 2000 --clean_samples 1000 --augment --victim_epochs 15 --cases vit:badnets resnet:blend
+    python benchmarks/main_job.py --name cifar10_resnet --dataset_name path/to/cifar10 --max_train_samples 10000 \\
+        --max_test_samples 2000 --clean_samples 1000 --augment --victim_epochs 15 --cases resnet:blend
 
 For each case (architecture:attack) and seed: a victim, made by recipes/backdoor_image.py and kept; then
 
@@ -120,8 +120,9 @@ def write(args: argparse.Namespace, rows: list[dict]) -> None:
     lines = [
         f"# {args.name}: FIP beside plain fine-tuning\n",
         f"`{command}`\n",
-        f"Percent, mean ± standard deviation over seeds {', '.join(args.seeds)}; ACC on {first['data']['test_samples']} "
-        "test images, ASR and RA on those of them whose true class is not the target. "
+        f"Percent, mean ± standard deviation over seeds {', '.join(args.seeds)}; "
+        f"ACC on {first['data']['test_samples']} test images, "
+        "ASR and RA on those of them whose true class is not the target. "
         f"{first['data']['clean_samples']} clean images. "
         f"hf_fip {first['versions']['hf_fip']}, torch {first['versions']['torch']}, "
         f"transformers {first['versions']['transformers']}, {platform.machine()} CPU.\n",

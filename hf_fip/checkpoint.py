@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 from pathlib import Path
 from zipfile import is_zipfile
 
+import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.trainer_callback import TrainerState
@@ -50,14 +52,17 @@ def load_weights(model: PreTrainedModel, checkpoint: str) -> None:
 
     `save_pretrained` stores many architectures (ViT among them) under other names than their modules have, and only
     `from_pretrained` translates them back. The Trainer's own `load_state_dict` finds no such weight, warns, and trains
-    on from those the model happens to have: https://github.com/huggingface/transformers/issues/43701.
+    on from those the model happens to have: https://github.com/huggingface/transformers/pull/44366.
 
     Raises:
         ValueError: when the checkpoint lacks weights of the model, or holds others.
     """
-    config = copy.deepcopy(model.config)
-    options = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    saved, info = type(model).from_pretrained(checkpoint, config=config, **options)
+    # The widest type of the weights: what the config says may be stale, and would round them.
+    dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in model.parameters()})
+    config, options = copy.deepcopy(model.config), {"use_safetensors": True, "ignore_mismatched_sizes": True}
+    saved, info = type(model).from_pretrained(
+        checkpoint, config=config, dtype=dtype, output_loading_info=True, local_files_only=True, **options
+    )
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *(name for name, *_ in info["mismatched_keys"])]
     if wrong:
         raise ValueError(

@@ -214,6 +214,8 @@ class FIPMixin:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"No valid checkpoint found in output directory ({self.args.output_dir}).")
+        if resume_from_checkpoint and not os.path.isdir(resume_from_checkpoint):
+            raise ValueError(f"Can't find a valid checkpoint at {resume_from_checkpoint}.")
         self._is_set_up = False
         self._trace = self._anchor = None
         if resume_from_checkpoint and self.args.eta_r > 0:
@@ -326,7 +328,7 @@ class FIPTrainer(FIPMixin, Trainer):
     Everything that works with `Trainer` works here; with `eta_f = eta_r = 0` it is the `Trainer`.
 
     Args:
-        model (`str` or `nn.Module`):
+        model (`str`, `os.PathLike` or `nn.Module`):
             The backdoored model: a Hub id or path (loaded from safetensors, no remote code), or a module whose output
             has `.logits`.
         args ([`FIPConfig`]):
@@ -338,11 +340,11 @@ class FIPTrainer(FIPMixin, Trainer):
         train_transform (`Callable`, *optional*):
             Applied to every training batch (a dict of tensors on the device) just before its step: augmentation that
             draws from torch's generator, so that a resumed run repeats it. diag F̄ does not see it.
-        *positional, **kwargs:
-            As in `Trainer`.
+        data_collator, train_dataset, *positional, **kwargs:
+            As in `Trainer`. A subclass with a `compute_loss` of its own has to call this one's.
 
     Raises:
-        ValueError: for every combination that cannot work, with the way out.
+        ValueError: for every combination that cannot work, with the way out, before the output folder is made.
         FloatingPointError: (from `train`) when the loss or Tr F is NaN or infinite.
 
     Example:

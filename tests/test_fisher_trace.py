@@ -107,6 +107,18 @@ def test_the_mean_over_many_draws_is_the_exact_trace_within_its_standard_error(e
     assert abs(unsigned - exact) > 20 * standard_error
 
 
+def test_the_trace_of_a_large_model_keeps_its_digits():
+    """A linear model of four million weights, where a plain running sum in float32 loses the fourth digit."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(2_000_000, 2, bias=False)
+    batch = {"input": torch.randn(1, 2_000_000), "labels": torch.tensor([0])}
+    error = 1 - torch.softmax(model(batch["input"]).double(), dim=-1)[0, 0]
+    expected = 2 * error**2 * batch["input"].double().square().sum()
+    for estimator in ("signed_sum", "exact"):
+        value, _ = estimate(model, [batch], estimator=estimator, labels="empirical", gradient=None)
+        torch.testing.assert_close(value.double(), expected.detach(), rtol=1e-5, atol=0)
+
+
 # ---- The split of a batch ----
 
 SPLITS = {"8": [8], "4 + 4": [4, 4], "2 + 2 + 2 + 2": [2] * 4, "5 + 3": [5, 3]}

@@ -217,7 +217,7 @@ def test_vmap_and_loop_give_the_same_scores(monkeypatch, name, options):
 
 
 def test_vmap_over_the_default_attention_warns_of_nothing():
-    """The fused kernels have no batching rule, and torch says so in every run."""
+    """The fused kernels have no batching rule, of which torch would warn in every run."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         scores_of(vit("sdpa"), make_batch("vit"))

@@ -9,6 +9,7 @@ import pkgutil
 import re
 import resource
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from transformers import AutoModelForImageClassification
 
 from hf_fip.evaluation.backdoor import PurificationCurve
 from hf_fip.scripts import purify_image
+from hf_fip.tasks.data import load_images
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SMALL = ["--max_train_samples", "120", "--max_test_samples", "60", "--clean_fraction", "0.1", "--use_cpu"]
@@ -161,19 +163,7 @@ def default_run(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
 
 
 FILES = {"model.safetensors", "config.json", "preprocessor_config.json", "README.md", "report.json", "plots"}
-REPORT = {
-    "before",
-    "after",
-    "der",
-    "cost",
-    "arguments",
-    "seed",
-    "versions",
-    "data",
-    "model",
-    "model_is_from_hub",
-    "attack",
-}
+REPORT = {"before", "after", "der", "cost", "arguments", "seed", "versions"}
 COST = {"seconds", "seconds_per_step", "trainable_parameters", "peak_memory_bytes"}
 
 
@@ -190,7 +180,7 @@ def test_the_output_folder_holds_model_card_report_and_pictures_and_nothing_else
 def test_the_report_has_every_figure(default_run):
     out = default_run[0] / "outputs" / "purify_vit"
     report = report_of(out)
-    assert report.keys() == REPORT
+    assert report.keys() >= REPORT
     for when in ("before", "after"):
         assert report[when].keys() == {"accuracy", "asr", "ra"}
         assert all(0 <= value <= 100 for value in report[when].values())
@@ -291,6 +281,26 @@ def test_the_defender_gets_the_clean_images_that_the_victim_never_saw(victim, ru
         assert code == 1 and message in err and err.startswith("error: ") and err.count("\n") == 1
 
 
+def test_a_given_model_on_other_data_gets_all_their_training_images(victim, run):
+    Path("other").mkdir()
+    Path("other/README.md").write_text("# digits, with no metadata\n")
+    load_images("digits").train.select(range(80)).to_parquet("other/train.parquet")
+    code, _, err = run("purify_vit", "--max_steps", "2", "--model_name_or_path", victim, "--dataset_name", "other")
+    assert (code, err) == (0, "")
+    assert report_of("outputs/purify_vit")["data"] == {
+        "name": "other",
+        "clean_samples": 60,
+        "test_samples": 20,
+    }
+
+
+def test_a_clean_split_that_cannot_be_read_is_not_passed_over(victim, run):
+    shutil.copytree(victim, "victim")
+    Path("victim/report.json").write_text('{"clean_split": {"seed": 5}}')
+    code, _, err = run("purify_vit", *SHORT, "--model_name_or_path", "victim")
+    assert code == 1 and "victim/report.json: clean_split is not that" in err and err.count("\n") == 1
+
+
 def test_two_processes_under_accelerate_make_one_folder(victim, tmp_path):
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
@@ -337,7 +347,7 @@ USER_ERRORS = {
     "no images": (["--dataset_name", "./nowhere"], "'./nowhere' does not exist"),
     "unreadable images": (["--dataset_name", "broken.parquet"], "'broken.parquet' cannot be read"),
     "no model": (["--model_name_or_path", "./nowhere"], "No model at './nowhere'"),
-    "no head": (["--model_name_or_path", "headless"], "ViTModel, which has no image-classification head"),
+    "no head": (["--model_name_or_path", "headless"], "ViTModel, which lacks the head"),
     "too few classes": (["--model_name_or_path", "binary"], "10 classes and the model answers 2"),
     "no such class": (["--target_label", "10"], "--target_label=10 is not a class"),
     "no such attack": (["--attack", "magic"], "'magic' is not an attack"),
@@ -358,6 +368,7 @@ USER_ERRORS = {
     "a wrong setting": (["--eta_f", "-1"], "eta_f=-1.0"),
     "pushing": (["--push_to_hub"], "does not push"),
     "a place under a file": (["--output_dir", "broken.parquet/out"], "broken.parquet is no folder"),
+    "a read-only place": (["--model_name_or_path", "VICTIM", "--output_dir", "/proc/out"], "/proc|cannot be made"),
     "a foreign folder": (["--output_dir", "headless", "--overwrite_output_dir"], "not what an earlier run left"),
 }
 

@@ -3,6 +3,7 @@
 import math
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -153,6 +154,30 @@ def test_compilation_changes_no_update(tmp_path):
     assert hasattr(compiled.model_wrapped, "_orig_mod")
 
 
+class OtherMasks(nn.Module):
+    """What compiled code does: the same function, with other dropout masks."""
+
+    def __init__(self, model):
+        super().__init__()
+        self._orig_mod = model
+
+    def forward(self, *args, **kwargs):
+        torch.rand(1)
+        return self._orig_mod(*args, **kwargs)
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_all_passes_of_a_compiled_model_see_the_same_dropout_mask(tmp_path, monkeypatch):
+    traces = []
+    for options in ({}, {"torch_compile": True}):
+        trainer = image_trainer(tmp_path, PlainNet(0.5), **BOTH, **options, max_steps=1)
+        monkeypatch.setattr(torch, "compile", lambda model, **options: OtherMasks(model))
+        trainer.train()
+        traces.append(logged(trainer, "fisher_trace"))
+    assert isinstance(trainer.model_wrapped, OtherMasks)
+    assert traces[0] == traces[1]  # both from the mask of the uncompiled model
+
+
 def test_label_smoothing_changes_the_loss_and_not_the_trace(tmp_path):
     runs = []
     for smoothing in (0.0, 0.3):
@@ -289,14 +314,22 @@ def test_the_diagonal_is_over_each_training_sample_once(options, rows, tmp_path)
     assert identical(trainer._anchor.received, dict(vit(0.5).named_parameters()))
 
 
-def test_columns_that_the_model_does_not_take_are_left_out(tmp_path):
-    import datasets
+class Numbered(Images):
+    """Images with a column that no model takes."""
 
-    data = Images(12)
-    table = {"pixel_values": data.pixels.tolist(), "labels": data.labels.tolist(), "file": ["x"] * 12}
-    dataset = datasets.Dataset.from_dict(table).with_format("torch")
-    plain = trained(image_trainer(tmp_path, vit(), **BOTH, train_dataset=data))
-    assert distance(trained(image_trainer(tmp_path, vit(), **BOTH, train_dataset=dataset)), plain) < 1e-6
+    def __getitem__(self, row):
+        return {**super().__getitem__(row), "number": row}
+
+
+def as_table(data):
+    columns = {"pixel_values": data.pixels.tolist(), "labels": data.labels.tolist(), "number": [*range(len(data))]}
+    return datasets.Dataset.from_dict(columns).with_format("torch")
+
+
+@pytest.mark.parametrize("dataset", [Numbered(), as_table(Images())], ids=["torch", "datasets"])
+def test_columns_that_the_model_does_not_take_are_left_out(dataset, tmp_path):
+    plain = trained(image_trainer(tmp_path, PlainNet(), **BOTH))
+    assert identical(trained(image_trainer(tmp_path, PlainNet(), **BOTH, train_dataset=dataset)), plain)
 
 
 def test_the_transform_sees_every_training_batch_and_no_other(tmp_path):
@@ -358,6 +391,18 @@ def test_evaluation_of_several_sets_measures_the_plain_loss_and_changes_nothing(
         assert metrics[f"eval_{name}_loss"] == pytest.approx(loss, rel=1e-5)
         assert logged(trainer, f"eval_{name}_loss")[-1] == pytest.approx(loss, rel=1e-5)
         assert len(logged(trainer, f"eval_{name}_loss")) == 4
+
+
+def test_an_evaluation_amid_an_update_changes_nothing(tmp_path):
+    class Impatient(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            trainer.evaluate(Images(5, seed=1))
+
+    options = {**BOTH, "gradient_accumulation_steps": 2}
+    expected = trained(image_trainer(tmp_path, vit(), **options))
+    trainer = image_trainer(tmp_path, vit(), **options, callbacks=[Impatient()])
+    assert identical(trained(trainer), expected)
+    assert len(logged(trainer, "eval_loss")) == 3
 
 
 def test_the_best_model_is_loaded_at_the_end(tmp_path):

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from kill_and_resume import RANDOM_KILLS, WRITES, trainer
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -193,6 +194,8 @@ def test_writing_over_an_old_checkpoint_is_not_taken_for_that_one(tmp_path, monk
 
 
 def test_resuming_without_any_complete_checkpoint_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="Can't find a valid checkpoint"):
+        image_trainer(tmp_path, vit(), **BOTH).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     for prepare in (lambda: None, lambda: (tmp_path / "checkpoint-2").mkdir()):
         prepare()
         with pytest.raises(ValueError, match="No valid checkpoint found"):
@@ -233,6 +236,17 @@ def test_the_drift_of_a_weight_unfrozen_on_the_way_is_refused(tmp_path):
     model.vit.requires_grad_(False)
     with pytest.raises(ValueError, match=r"received value of vit\.\S+ is not known: freeze"):
         image_trainer(tmp_path, model, eta_f=0.0, eta_r=1.0, callbacks=[Unfreeze()]).train()
+
+
+def test_weights_are_not_rounded_to_a_type_that_the_config_claims(tmp_path):
+    model = vit(0.2)
+    expected = trained(image_trainer(tmp_path, model, eta_f=0.05, **SAVING))
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    loaded = vit(0.2)
+    loaded.config.dtype = torch.bfloat16  # as after `from_pretrained(…, dtype="bfloat16").float()`
+    resumed = image_trainer(tmp_path, loaded, eta_f=0.05, **SAVING)
+    resumed.train(resume_from_checkpoint=True)
+    assert identical(weights(resumed.model), expected)
 
 
 def test_a_finished_run_makes_no_further_update(tmp_path):

@@ -165,13 +165,15 @@ def test_an_update_adds_both_gradients(estimator, gradient, labels, tolerance, f
         else:
             anchor = trainer._anchor.diagonal
             diagonal = [anchor[name] for name, _ in before.named_parameters()]
-        added, expected = [], []
+        added, expected, drift = [], [], 0.0
         for index, (name, parameter) in enumerate(before.named_parameters()):
-            drift = eta_r * diagonal[index] * (parameter - received.get_parameter(name))
-            expected.append((weight * trace_gradient[index] + drift).flatten())
+            moved = parameter - received.get_parameter(name)
+            drift += (eta_r / 2 * diagonal[index] * moved.square()).sum().item()
+            expected.append((weight * trace_gradient[index] + eta_r * diagonal[index] * moved).flatten())
             added.append(((parameter - after[name]) / lr - task[index]).flatten())
         added, expected = torch.cat(added), torch.cat(expected)
         assert (added - expected).norm() <= tolerance * expected.norm()
+        assert logged(trainer, "drift")[step] == pytest.approx(drift, rel=1e-4, abs=1e-12)
 
 
 def test_the_trace_is_applied_at_every_nth_update_n_times_as_strongly(tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -94,9 +96,8 @@ def per_sample_scores(
 
     Uses `torch.func` (vmap of grad), or one backward pass a sample, which gives the same numbers: where vmap cannot
     trace the model, and for differentiable scores, as autograd through vmap takes the statistics of LayerNorm for
-    constants (torch 2.13) and gets its second derivative wrong. Attention runs on the MATH kernel: the others have no
-    batching rule and no second derivative. The model has to be in eval mode, as BatchNorm would mix samples; no buffer
-    moves.
+    constants (torch 2.13) and gets its second derivative wrong. The model has to be in eval mode, as BatchNorm would
+    mix samples; no buffer moves.
 
     Args:
         inputs: keyword arguments of the model's forward; tensors have the samples on their first axis.
@@ -125,7 +126,8 @@ def per_sample_scores(
         sample, label = {name: tensor[part] for name, tensor in batched.items()}, labels[part]
         if use_vmap:
             try:
-                with preserved_buffers(model), sdpa_kernel(SDPBackend.MATH):
+                with preserved_buffers(model), warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "There is a performance drop")  # sdpa has no batching rule
                     scores = vectorised(values, sample, label)
             except (RuntimeError, NotImplementedError) as error:
                 if not _vmap_is_to_blame(error):
@@ -135,7 +137,9 @@ def per_sample_scores(
                 yield list(scores.values())
                 continue
         for row in range(label.shape[0]):
-            with preserved_buffers(model), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+            # The MATH kernel alone has a second derivative; under vmap and autocast it has not even a first.
+            kernel = sdpa_kernel(SDPBackend.MATH) if differentiable else nullcontext()
+            with preserved_buffers(model), kernel, torch.enable_grad():
                 outputs = model(**{name: tensor[row : row + 1] for name, tensor in sample.items()}, **shared)
                 value = likelihood.log_prob(get_logits(outputs), label[row : row + 1]).sum()
                 score = summed_score(value, list(parameters.values()), create_graph=differentiable)

@@ -1,1 +1,1 @@
-"""How purified models reach people: the card."""
+"""How models come in, untrusted, and how purified ones reach people: the card."""

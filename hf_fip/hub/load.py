@@ -4,41 +4,54 @@ from __future__ import annotations
 
 import os
 
+import torch
 from torch import nn
 
 
-def load_model(name_or_path: str | os.PathLike) -> nn.Module:
-    """A model by Hub id or path, with the class its config names: safetensors only, no remote code.
+def load_model(
+    name_or_path: str | os.PathLike, head: str = "", *, revision: str | None = None, token: str | None = None
+) -> nn.Module:
+    """A model by Hub id or path, with the class its config names, in float32: safetensors only, no remote code.
+
+    Args:
+        head: what the name of that class has to end with, such as `ForImageClassification`.
 
     Raises:
-        ValueError: when it cannot be found or read, when its config names no transformers model, or when the file
-            lacks weights (they would be random).
+        ValueError: when it cannot be found or read, when its config names no transformers model or one with another
+            head, or when the file lacks weights (they would be random).
     """
     import transformers
 
-    options = {"trust_remote_code": False}
+    options = {"revision": revision, "token": token, "trust_remote_code": False}
     try:
         config = transformers.AutoConfig.from_pretrained(name_or_path, **options)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"No model at {str(name_or_path)!r}: {_first_line(error)}") from error
-    architecture = (config.architectures or ["none"])[0]
+    except Exception as error:  # a stranger's file can be wrong in any way
+        raise ValueError(f"No model at {str(name_or_path)!r}: {_reason(error)}") from error
+    architecture = str((config.architectures or ["none"])[0])
     model_class = getattr(transformers, architecture, None)
     if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
         raise ValueError(
             f"{name_or_path}: its config names the architecture {architecture!r}, which transformers does not have; "
             "load the model yourself and pass the module."
         )
+    if not architecture.endswith(head):
+        raise ValueError(f"{name_or_path} is a {architecture}, which lacks the head of a ...{head}.")
     try:
         model, info = model_class.from_pretrained(
-            name_or_path, use_safetensors=True, output_loading_info=True, **options
+            name_or_path, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name_or_path} cannot be loaded as a {architecture}: {_first_line(error)}") from error
+    except Exception as error:
+        raise ValueError(f"{name_or_path} cannot be loaded as a {architecture}: {_reason(error)}") from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(f"{name_or_path} lacks {len(missing)} weights, among them {missing[0]}: it is incomplete.")
     return model
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    """The first line of what transformers says, or what it means."""
+    if "trust_remote_code" in str(error):
+        return "it needs code of its own, which is not run."
+    if "ignore_mismatched_sizes" in str(error):
+        return "its weights do not fit its config.json."
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

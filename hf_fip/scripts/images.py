@@ -56,16 +56,22 @@ def attack_of(arguments: AttackArguments, model_folder: str | None, num_labels: 
 
 
 def recorded_split(model_folder: str | None) -> dict | None:
-    """The clean split that a victim made here was trained without; None if unknown.
+    """The clean split that a victim made here was trained without; None when the model's folder tells of none.
 
     Its `seed` and `samples`, and the `data` (name) and number of training images, `out_of`, that it was taken from.
+
+    Raises:
+        ValueError: when report.json tells of one, in other terms.
     """
+    path = Path(model_folder or "") / REPORT_NAME
     try:
-        split = json.loads((Path(model_folder or "") / REPORT_NAME).read_text(encoding="utf-8"))["clean_split"]
-        numbers = {key: int(split[key]) for key in ("seed", "samples", "out_of")}
-        return {**numbers, "data": str(split["data"])}
+        split = json.loads(path.read_text(encoding="utf-8"))["clean_split"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    try:
+        return {"data": str(split["data"]), **{key: int(split[key]) for key in ("seed", "samples", "out_of")}}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: clean_split is not that of a victim trained by this version of hf_fip.") from error
 
 
 @contextmanager

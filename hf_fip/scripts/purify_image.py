@@ -70,6 +70,8 @@ def purify(
     recorded = recorded_split(given)
     split_seed = next(s for s in (data.split_seed, recorded and recorded["seed"], training.seed) if s is not None)
     images = images_of(data, split_seed)
+    if recorded and _is_other_data(recorded, images):
+        recorded = None
     everything = len(images.train) if given else None
     count = data.clean_count(len(images.train), recorded["samples"] if recorded else everything)
     if recorded:
@@ -136,15 +138,17 @@ def purify(
     say(f"saved to {output_dir}: the purified model, README.md, report.json, plots/")
 
 
+def _is_other_data(recorded: dict, images: LabelledImages) -> bool:
+    """Whether a victim was trained on other images than these, as far as can be told."""
+    return recorded["out_of"] != len(images.train) and Path(recorded["data"]).name != Path(images.name).name
+
+
 def _check_split(recorded: dict, images: LabelledImages, seed: int, count: int) -> None:
-    """Raise ValueError when the victim was trained on some of the clean images, as far as can be told."""
-    out_of = len(images.train)
-    if recorded["out_of"] != out_of:
-        if Path(recorded["data"]).name != Path(images.name).name:
-            return  # other data
+    """Raise ValueError when the victim was trained on some of the clean images."""
+    if recorded["out_of"] != len(images.train):
         raise ValueError(
             f"The victim kept its clean images aside from {recorded['out_of']} training images, and these are "
-            f"{out_of}: give the --max_train_samples and the splits that it was trained with."
+            f"{len(images.train)}: give the --max_train_samples and the splits that it was trained with."
         )
     if seed != recorded["seed"] or count > recorded["samples"]:
         raise ValueError(

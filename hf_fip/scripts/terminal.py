@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -44,6 +45,7 @@ def quiet_libraries() -> None:
         transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)  # a README without metadata is fine
     datasets.disable_caching()  # poisoned images are made anew in each run, and dropped with it
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
@@ -56,6 +58,8 @@ def say(message: str) -> None:
 
 
 def _complain(message: str, code: int) -> int:
+    if sys.stderr.isatty():
+        print(file=sys.stderr)  # off the line of a progress bar
     print(message, file=sys.stderr, flush=True)
     return code
 

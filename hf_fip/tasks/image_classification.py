@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..attacks.poison import to_array
+from ..hub.load import load_model
 from .columns import with_classes
 from .data import LabelledImages
 
@@ -78,39 +79,15 @@ def load_image_classifier(
     Raises:
         ValueError: when the model cannot be found or read, has no classification head, or no processor.
     """
-    from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+    from transformers import AutoImageProcessor
 
-    options = {"revision": revision, "token": token, "trust_remote_code": False}
+    model = load_model(name_or_path, "ForImageClassification", revision=revision, token=token)
+    source, revision = (processor_name, None) if processor_name else (name_or_path, revision)
     try:
-        config = AutoConfig.from_pretrained(name_or_path, **options)
+        processor = AutoImageProcessor.from_pretrained(source, revision=revision, token=token, trust_remote_code=False)
     except Exception as error:  # a stranger's file can be wrong in any way
         raise ValueError(
-            f"No model at {name_or_path!r}: {_reason(error)} Set --model_name_or_path to a folder or a Hub id."
-        ) from error
-    heads = [str(head) for head in config.architectures or []]
-    if heads and not any(head.endswith("ForImageClassification") for head in heads):
-        raise ValueError(
-            f"{name_or_path} is a {', '.join(heads)}, which has no image-classification head that can be trained. "
-            "Give a model ...ForImageClassification."
-        )
-    try:
-        model, info = AutoModelForImageClassification.from_pretrained(
-            name_or_path, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
-        )
-    except Exception as error:
-        raise ValueError(f"{name_or_path} cannot be loaded as an image classifier: {_reason(error)}") from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise ValueError(
-            f"{name_or_path} lacks {len(missing)} weights, among them {missing[0]}: it was not trained to classify "
-            "images, or the file is incomplete."
-        )
-    try:
-        processor = AutoImageProcessor.from_pretrained(processor_name or name_or_path, **options)
-    except Exception as error:
-        raise ValueError(
-            f"{processor_name or name_or_path} has no image processor: set --image_processor_name to a model whose "
-            "preprocessing is the same."
+            f"{source} has no image processor: set --image_processor_name to a model whose preprocessing is the same."
         ) from error
     return model, processor
 
@@ -226,12 +203,3 @@ def _with_channels(array: np.ndarray, channels: int) -> np.ndarray:
     if channels == 3:
         return np.repeat(array, 3, axis=2)
     return np.asarray(PIL.Image.fromarray(array).convert("L"))[..., None]
-
-
-def _reason(error: Exception) -> str:
-    """The first line of what transformers says, or what it means."""
-    if "trust_remote_code" in str(error):
-        return "it needs code of its own, which is not run."
-    if "ignore_mismatched_sizes" in str(error):
-        return "its weights do not fit its config.json."
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
