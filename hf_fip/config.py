@@ -45,8 +45,9 @@ class FIPArguments:
             `"finite_difference"` (first-order passes only; works with any kernel) or `"double_backward"`.
         trace_interval (`int`, *optional*, defaults to 4):
             Apply the trace term at every n-th update, n times as strongly; 1 is every update.
-        trace_epsilon (`float`, *optional*, defaults to 0.001):
-            Length of the finite-difference step in parameter space.
+        trace_epsilon (`float`, *optional*):
+            Length of the finite-difference step in parameter space. By default 0.001, and 0.01 with `bf16` or `fp16`,
+            which round a shorter step away.
         diagonal_samples (`int`, *optional*):
             Training samples from which diag F̄ is computed; all of them when left out.
         fisher_chunk_size (`int`, *optional*, defaults to 8):
@@ -88,8 +89,12 @@ class FIPArguments:
     trace_interval: int = field(
         default=4, metadata={"help": "Apply the trace term at every n-th update, n times as strongly."}
     )
-    trace_epsilon: float = field(
-        default=0.001, metadata={"help": "Length of the finite-difference step in parameter space."}
+    trace_epsilon: float | None = field(
+        default=None,
+        metadata={
+            "help": "Length of the finite-difference step in parameter space. Default: 0.001, and 0.01 with bf16 or "
+            "fp16, which round a shorter step away."
+        },
     )
     diagonal_samples: int | None = field(
         default=None, metadata={"help": "Training samples for diag F̄ (default: all of them)."}
@@ -111,6 +116,8 @@ class FIPArguments:
         if self.optim == "sgd" and self.optim_args is None:
             self.optim_args = "momentum=0.9"
         super().__post_init__()
+        if self.trace_epsilon is None:
+            self.trace_epsilon = 0.01 if self.bf16 or self.fp16 else 0.001
         self.check()
 
     def check(self) -> None:

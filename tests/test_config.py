@@ -117,3 +117,11 @@ def test_importing_the_package_is_lazy():
     )
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert answer.stdout == "module 'hf_fip' has no attribute 'NoSuchThing'\n", answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, 0.001), ({"bf16": True}, 0.01), ({"bf16": True, "trace_epsilon": 0.002}, 0.002)],
+)
+def test_the_finite_difference_step_is_longer_in_half_precision(tmp_path, given, expected):
+    assert FIPConfig(str(tmp_path), use_cpu=True, **given).trace_epsilon == expected

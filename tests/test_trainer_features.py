@@ -30,9 +30,10 @@ from trainer_cases import (
     vit,
     weights,
 )
-from transformers import TrainerCallback
+from transformers import TrainerCallback, default_data_collator
 from transformers.trainer_utils import HPSearchBackend
 
+from hf_fip import FIPConfig, FIPSeq2SeqConfig, FIPSeq2SeqTrainer, FIPTrainer
 from hf_fip.fisher import Categorical, fisher_diagonal, fisher_trace
 
 BOTH = {"eta_f": 0.05, "eta_r": 1.0, "eta_f_schedule": "constant"}
@@ -58,10 +59,11 @@ def test_the_learning_rate_follows_its_schedule(tmp_path):
     assert logged(trainer, "learning_rate") == pytest.approx([0.03, 0.02, 0.01])
 
 
-def test_mixed_precision_gives_nearly_the_same_trace_and_drift(tmp_path):
+@pytest.mark.parametrize("model", [vit, eager_vit, resnet], ids=lambda model: model.__name__)
+def test_mixed_precision_gives_nearly_the_same_trace_and_drift(model, tmp_path):
     runs = []
     for bf16 in (False, True):
-        trainer = image_trainer(tmp_path, vit(), **BOTH, bf16=bf16, max_steps=2)
+        trainer = image_trainer(tmp_path, model(), **BOTH, bf16=bf16, max_steps=2)
         trainer.train()
         assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
         runs.append(trainer)
@@ -346,6 +348,15 @@ def test_the_transform_sees_every_training_batch_and_no_other(tmp_path):
     data = Images()
     data.pixels = -data.pixels
     assert identical(trained(turned), trained(image_trainer(tmp_path, vit(), eta_f=0.05, train_dataset=data)))
+
+
+def test_arguments_are_taken_in_the_order_of_the_trainer(tmp_path, monkeypatch):
+    data = [Images(4), Images(8)]
+    trainer = FIPTrainer(vit(), FIPConfig(str(tmp_path), use_cpu=True), default_data_collator, *data)
+    assert (trainer.data_collator, trainer.train_dataset, trainer.eval_dataset) == (default_data_collator, *data)
+    monkeypatch.chdir(tmp_path)
+    assert FIPTrainer(vit()).args.output_dir == "fip_output"
+    assert isinstance(FIPSeq2SeqTrainer(marian()).args, FIPSeq2SeqConfig)
 
 
 # ---- Around the updates ----

@@ -61,3 +61,7 @@ def test_two_resumed_processes_end_with_the_same_weights(name, rank, folders):
     (whole, logs), (resumed, resumed_logs) = left(folders[1], name, rank), left(folders[1], f"{name}-resumed", rank)
     assert identical(whole, resumed)
     assert logs == resumed_logs
+
+
+def test_the_state_is_written_when_every_process_has_written_its_part(folders):
+    assert json.loads((folders[1] / "state-was-last.json").read_text()) == [True, True]

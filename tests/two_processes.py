@@ -9,12 +9,15 @@ import json
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 from accelerate import PartialState
 from safetensors.torch import save_file
 from trainer_cases import Images, PlainNet, eager_vit, image_trainer, logged, vit, weights
+from transformers.trainer_callback import TrainerState
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 EXACT = {"trace_estimator": "exact", "trace_gradient": "double_backward", "fisher_labels": "empirical"}
@@ -59,6 +62,24 @@ def leave(trainer, folder: Path, name: str) -> None:
     (folder / f"{name}-{rank}.json").write_text(json.dumps(logs))
 
 
+def write_state_last(folder: Path) -> None:
+    """Leave whether the slower process had written its random state when the other one wrote the trainer's state."""
+    seen, write, save = [], TrainerState.save_to_json, torch.save
+
+    def look_and_write(state, path):
+        seen.append((Path(path).parent / "rng_state_1.pth").is_file())
+        write(state, path)
+
+    def save_slowly(value, path):
+        time.sleep(1.0 if "rng_state_1" in str(path) else 0.0)
+        save(value, path)
+
+    with mock.patch.object(TrainerState, "save_to_json", look_and_write), mock.patch("torch.save", save_slowly):
+        image_trainer(folder / "slow", vit(), save_strategy="steps", save_steps=2).train()
+    if PartialState().is_main_process:
+        (folder / "state-was-last.json").write_text(json.dumps(seen))
+
+
 def main(folder: Path) -> None:
     for name, make in SAME.items():
         trainer = make(folder / "out")
@@ -77,6 +98,7 @@ def main(folder: Path) -> None:
         resumed = make(folder / name)
         resumed.train(resume_from_checkpoint=True)
         leave(resumed, folder, f"{name}-resumed")
+    write_state_last(folder)
 
 
 if __name__ == "__main__":

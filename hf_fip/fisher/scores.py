@@ -149,4 +149,5 @@ def per_sample_scores(
 def _vmap_is_to_blame(error: Exception) -> bool:
     """Whether the model is one that vmap cannot trace, rather than one that fails by itself."""
     words = ("vmap", "functorch", "functionalize", "BatchedTensor", "torch.func", "atching rule", "data pointer")
+    words += ("expected scalar type",)  # grad of a convolution under autocast
     return any(word in str(error) for word in words)
