@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)  ## take a backdoor out of a small ViT, on the handwritten digits
-	$(PY) recipes/purify_vit.py --overwrite_output_dir $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) recipes/purify_vit.py --overwrite_output_dir $(ARGS)
 
 test: $(STAMP)  ## run the whole test suite (more arguments: ARGS="-k fisher -x")
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
