@@ -162,17 +162,13 @@ def measure_memory_here(model: str, variant: str, device: str) -> int:
         return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
-def measure_memory(model: str, device: str, rounds: int) -> dict[str, float]:
-    """Peak memory relative to plain fine-tuning, the median over the rounds."""
-    ratios = {name: [] for name in VARIANTS}
-    for _ in range(rounds):
-        peaks = {}
-        for name in VARIANTS:
-            command = [sys.executable, __file__, "--device", device, "--memory_of", model, name]
-            peaks[name] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-        for name, peak in peaks.items():
-            ratios[name].append(peak / peaks["plain fine-tuning"])
-    return {name: statistics.median(values) for name, values in ratios.items()}
+def measure_memory(model: str, device: str) -> dict[str, float]:
+    """Peak memory relative to plain fine-tuning."""
+    peaks = {}
+    for name in VARIANTS:
+        command = [sys.executable, __file__, "--device", device, "--memory_of", model, name]
+        peaks[name] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    return {name: peak / peaks["plain fine-tuning"] for name, peak in peaks.items()}
 
 
 def main() -> None:
@@ -193,7 +189,7 @@ def main() -> None:
     lines = [f"# Cost of a FIP step\n\n`{command}` on {machine}; batch {BATCH}; ratios to plain fine-tuning.\n"]
     for model in args.models:
         times = measure_time(model, args.device, args.rounds)
-        memory = measure_memory(model, args.device, 1 if args.device == "cuda" else 3)
+        memory = measure_memory(model, args.device)
         result["models"][model] = {name: {**times[name], "peak_memory_ratio": memory[name]} for name in VARIANTS}
         lines += [f"\n{MODELS[model].__doc__}\n", "| step | time | lowest to highest | ms | peak memory |"]
         lines += ["|---|---|---|---|---|"]
