@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from torch.utils.data import Dataset
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
 from hf_fip import FIPConfig, FIPTrainer
-from hf_fip.scripts.report import versions
+from hf_fip.scripts.report import peak_process_memory, versions
 
 VARIANTS = {
     "plain fine-tuning": {"eta_f": 0.0},
@@ -129,7 +128,9 @@ def measure_time(model: str, device: str, rounds: int) -> dict[str, dict[str, fl
         interval = FIPConfig.trace_interval
         ratios, plain = {name: [] for name in VARIANTS}, []
         for index in range(rounds + 1):
-            seconds = {name: stepper.seconds(interval) for name, stepper in steppers.items()}
+            seconds = {}
+            for name, stepper in steppers.items():  # the slow ones make one step a round
+                seconds[name] = stepper.seconds(1 if "double_backward" in VARIANTS[name].values() else interval)
             if index:  # the first round warms up
                 base = seconds["plain fine-tuning"]
                 plain.append(base)
@@ -157,9 +158,9 @@ def measure_memory_here(model: str, variant: str, device: str) -> int:
             stepper.seconds(steps)
             return torch.cuda.max_memory_allocated()
         make_trainer("resnet", "plain fine-tuning", device, folder)  # imports and allocator pools do not count
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak_process_memory()
         Stepper(make_trainer(model, variant, device, folder)).seconds(steps)
-        return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+        return peak_process_memory() - before
 
 
 def measure_memory(model: str, device: str) -> dict[str, float]:
