@@ -1,4 +1,4 @@
-"""Every test leaves torch as it found it: what one test switches for the whole process, another's figures would feel."""
+"""Every test leaves torch as it found it: what one switches for the whole process, another would feel."""
 
 import pytest
 import torch
