@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from .registration import register_with_peft
+
 __version__ = "0.1.0"
 
 # Loaded when first used, so that `import hf_fip` stays fast.
@@ -13,11 +15,22 @@ _WHERE = {
     "FIPSeq2SeqConfig": "config",
     "FIPSeq2SeqTrainer": "trainer",
     "FIPTrainer": "trainer",
+    "SingularValueConfig": "singular",
+    "SingularValueModel": "singular",
 }
-__all__ = ["FIPConfig", "FIPSeq2SeqConfig", "FIPSeq2SeqTrainer", "FIPTrainer", "__version__"]
+__all__ = [
+    "FIPConfig",
+    "FIPSeq2SeqConfig",
+    "FIPSeq2SeqTrainer",
+    "FIPTrainer",
+    "SingularValueConfig",
+    "SingularValueModel",
+    "__version__",
+]
 
 if TYPE_CHECKING:
     from .config import FIPConfig, FIPSeq2SeqConfig
+    from .singular import SingularValueConfig, SingularValueModel
     from .trainer import FIPSeq2SeqTrainer, FIPTrainer
 
 
@@ -29,3 +42,6 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+register_with_peft()  # `PeftModel.from_pretrained` then loads singular-value adapters too

@@ -1,0 +1,238 @@
+"""The kinds of layer that Fast FIP adapts, which module gets which, and why a module gets none."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+from .layer import SingularValueLayer
+
+
+class _Matrix:
+    """A layer whose weight is the matrix itself."""
+
+    @staticmethod
+    def matrix_of(base_layer):
+        return base_layer.weight
+
+    @staticmethod
+    def replace_matrix(base_layer, matrix):
+        base_layer.weight.data = matrix
+
+
+class Linear(_Matrix, SingularValueLayer):
+    """An `nn.Linear`."""
+
+    def is_standard(self, base_layer):
+        return type(base_layer).forward is nn.Linear.forward
+
+    def by_weight(self, matrix, *args, **kwargs):
+        return _call(self, nn.Linear, F.linear, matrix, args, kwargs)
+
+    def rows(self, x):
+        return x.numel() // x.shape[-1]
+
+    def project(self, x, vt):
+        return F.linear(x, vt)
+
+    def expand(self, h, values, u, bias):
+        return F.linear(h * values, u, bias)
+
+
+class TransposedLinear(Linear):
+    """transformers' `Conv1D` (GPT-2): a linear layer that stores its weight transposed."""
+
+    @staticmethod
+    def matrix_of(base_layer):
+        return base_layer.weight.mT
+
+    @staticmethod
+    def replace_matrix(base_layer, matrix):
+        base_layer.weight.data = matrix.mT.contiguous()
+
+    def is_standard(self, base_layer):
+        return type(base_layer).forward is Conv1D.forward
+
+    def by_weight(self, matrix, *args, **kwargs):
+        return _call(self, Conv1D, F.linear, matrix, args, kwargs)
+
+
+class Embedding(_Matrix, SingularValueLayer):
+    """An `nn.Embedding`, also one that scales its output by `embed_scale`."""
+
+    def is_standard(self, base_layer):
+        return type(base_layer).forward is nn.Embedding.forward or hasattr(base_layer, "embed_scale")
+
+    def _is_cheaper_by_activations(self, x, names):
+        # A row is looked up, not multiplied: only x V and its expansion count, and making W' costs all rows.
+        base_layer = self.get_base_layer()
+        learning = torch.is_grad_enabled() and any(self.singular_delta[name].requires_grad for name in names)
+        if not self.is_standard(base_layer) or (not learning and self._made_of(names)):
+            return False
+        return x.numel() < base_layer.num_embeddings
+
+    def _is_factored(self, names):
+        return super()._is_factored(names) and not hasattr(self.get_base_layer(), "embed_scale")
+
+    def by_weight(self, matrix, *args, **kwargs):
+        return functional_call(self.base_layer, {"weight": matrix}, args, kwargs)
+
+    def project(self, x, vt):
+        raise NotImplementedError("an embedding has rows of U for its input")
+
+    def _by_activations(self, x, names):
+        if self._is_factored(names):
+            basis = self.basis[names[0]]
+            values = F.relu(basis.sigma + self.scale[names[0]] * self.singular_delta[names[0]])
+            return (F.embedding(x, basis.u) * values) @ basis.vt
+        y = self.base_layer(x)
+        factor = self._get_embed_scale()
+        for name in names:
+            basis = self.basis[name]
+            more = (F.embedding(x, basis.u) * self.shift(name)) @ basis.vt
+            y = y + (more if factor is None else more * factor).to(y.dtype)
+        return y
+
+
+class Conv(SingularValueLayer):
+    """An `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`: the matrix is out × (in / groups · kernel)."""
+
+    @staticmethod
+    def matrix_of(base_layer):
+        return base_layer.weight.flatten(1)
+
+    @staticmethod
+    def replace_matrix(base_layer, matrix):
+        base_layer.weight.data = matrix.view(base_layer.weight.shape)
+
+    def is_standard(self, base_layer):
+        return type(base_layer).forward in _CONVOLUTIONS.values() and base_layer.groups == 1
+
+    def by_weight(self, matrix, *args, **kwargs):
+        weight = matrix.view(self.get_base_layer().weight.shape)
+        return _call(self, tuple(_CONVOLUTIONS), self.get_base_layer()._conv_forward, weight, args, kwargs)
+
+    def rows(self, x):
+        layer = self.get_base_layer()
+        places = 1
+        dims = len(layer.kernel_size)
+        for side, kernel, stride, dilation, padding in zip(
+            x.shape[-dims:], layer.kernel_size, layer.stride, layer.dilation, self._padding(layer), strict=True
+        ):
+            places *= (side + padding - dilation * (kernel - 1) - 1) // stride + 1
+        return math.prod(x.shape[: -dims - 1]) * places
+
+    @staticmethod
+    def _padding(layer) -> list[int]:
+        """What is added to each side of the input, both ends together."""
+        if isinstance(layer.padding, str):
+            same = layer.padding == "same"
+            return [same * d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        return [2 * padding for padding in layer.padding]
+
+    def project(self, x, vt):
+        layer = self.get_base_layer()
+        return layer._conv_forward(x, vt.view(-1, *layer.weight.shape[1:]), None)
+
+    def expand(self, h, values, u, bias):
+        dims = len(self.get_base_layer().kernel_size)
+        ones = (1,) * dims
+        pointwise = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
+        return pointwise(h * values.view(-1, *ones), u.view(*u.shape, *ones), bias)
+
+
+_CONVOLUTIONS = {kind: kind.forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
+
+
+class MultiheadAttention(SingularValueLayer):
+    """An `nn.MultiheadAttention`: the four projections of queries, keys, values and output, `(4, E, E)`."""
+
+    by_activations = False
+
+    @staticmethod
+    def matrix_of(base_layer):
+        side = base_layer.embed_dim
+        return torch.cat([base_layer.in_proj_weight.view(3, side, side), base_layer.out_proj.weight[None]])
+
+    @staticmethod
+    def replace_matrix(base_layer, matrix):
+        base_layer.in_proj_weight.data = matrix[:3].flatten(0, 1).contiguous()
+        base_layer.out_proj.weight.data = matrix[3].contiguous()
+
+    def by_weight(self, matrix, *args, **kwargs):
+        weights = {"in_proj_weight": matrix[:3].flatten(0, 1), "out_proj.weight": matrix[3]}
+        return functional_call(self.base_layer, weights, args, kwargs)
+
+    def _weight_state(self, names):
+        # `matrix_of` copies: its address tells nothing.
+        scales = tuple((name, self.scale[name], self.basis[name].u.data_ptr()) for name in names)
+        base_layer = self.get_base_layer()
+        parts = (base_layer.in_proj_weight, base_layer.out_proj.weight)
+        return scales, tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in parts)
+
+    # nn.TransformerEncoderLayer has a fast path that reads the weights past this layer; it is not taken without this.
+    _qkv_same_embed_dim = False
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+
+def _call(layer: SingularValueLayer, kind, function, weight: Tensor, args: tuple, kwargs: dict) -> Tensor:
+    """The layer's output with this weight: by `function` where the layer's forward is that of its kind."""
+    base_layer = layer.get_base_layer()
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if len(args) == 1 and not kwargs and type(base_layer).forward in [k.forward for k in kinds]:
+        return function(args[0], weight, base_layer.bias)
+    own = weight.mT if isinstance(base_layer, Conv1D) else weight
+    return functional_call(base_layer, {"weight": own}, args, kwargs)
+
+
+def layer_class_of(base_layer: nn.Module) -> type[SingularValueLayer] | None:
+    """The class that adapts a layer; None when there is none, or when it is a part of a larger one that has one."""
+    if isinstance(base_layer, NonDynamicallyQuantizableLinear):
+        return None
+    kinds = {
+        nn.Linear: Linear,
+        Conv1D: TransposedLinear,
+        nn.Embedding: Embedding,
+        tuple(_CONVOLUTIONS): Conv,
+        nn.MultiheadAttention: MultiheadAttention,
+    }
+    return next((ours for theirs, ours in kinds.items() if isinstance(base_layer, theirs)), None)
+
+
+def why_not(base_layer: nn.Module) -> str | None:
+    """Why a layer cannot be adapted; None when it can."""
+    if isinstance(base_layer, NonDynamicallyQuantizableLinear):
+        return "it is read past its forward by the nn.MultiheadAttention it belongs to: target that one"
+    if layer_class_of(base_layer) is None:
+        return (
+            f"a {type(base_layer).__name__} is not supported (Linear, Conv1d, Conv2d, Conv3d, Embedding, "
+            "MultiheadAttention and transformers' Conv1D are; norm layers by train_norms=True, other modules by "
+            "modules_to_save)"
+        )
+    if isinstance(base_layer, nn.MultiheadAttention):
+        if base_layer.in_proj_weight is None:
+            return "its keys or values have another width than its queries (kdim, vdim): exclude it"
+        weight = base_layer.in_proj_weight
+    else:
+        weight = getattr(base_layer, "weight", None)
+    if weight is None or not weight.is_floating_point() or hasattr(weight, "quant_state"):
+        return "its weight is quantised: load the model in float32 or bfloat16"
+    if weight.device.type == "meta":
+        return "its weight is on the meta device: load the model's weights first"
+    if getattr(base_layer, "max_norm", None) is not None:
+        return "max_norm rescales its weight in place: exclude it"
+    return None
