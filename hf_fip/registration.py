@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.abc
-import importlib.util
 import sys
 
 
@@ -14,14 +13,17 @@ class _AfterPeft(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name != "peft":
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is None:
-            return None
+        # Being asked does not mean that PEFT is imported: others look whether it is installed (transformers does).
+        found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((spec for spec in found if spec is not None), None)
+        if spec is None or spec.loader is None:
+            return spec
         execute = spec.loader.exec_module
 
         def exec_module(module):
             execute(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
             importlib.import_module("hf_fip.singular")
 
         spec.loader.exec_module = exec_module

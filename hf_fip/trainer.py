@@ -11,6 +11,7 @@ an update, it does not depend on how the batch is split.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections import defaultdict
@@ -37,6 +38,8 @@ from .fisher.passes import RandomState, preserved_buffers
 from .fisher.scores import trainable_parameters
 from .fisher.trace import TraceEstimator
 from .hub.load import load_model
+
+_FLAT = 1e-18  # a Tr F below it is rounding
 
 
 class FIPMixin:
@@ -68,7 +71,7 @@ class FIPMixin:
                 raise ValueError("`peft_config` needs `model`; with `model_init`, return the PEFT model from there.")
             from peft import get_peft_model
 
-            model = get_peft_model(model, peft_config)
+            model = get_peft_model(model, copy.deepcopy(peft_config))  # PEFT writes what it found into it
         self._likelihood = likelihood
         self._train_transform = train_transform
         self._is_set_up = False  # at the first step of each `train`
@@ -170,7 +173,8 @@ class FIPMixin:
         if self.args.trace_form == "trace":
             self._add_to_grad(self._trace.parameters, gradient, weight)
             return weight * trace
-        trace = max(trace, torch.finfo(torch.float32).tiny)
+        if trace < _FLAT:  # a constant model: nothing is left to flatten, and the logarithm has no gradient
+            return 0.0
         self._add_to_grad(self._trace.parameters, gradient, weight / trace)  # ∇ log T = ∇T / T
         return weight * math.log(trace)
 
@@ -205,6 +209,10 @@ class FIPMixin:
 
     def _unwrapped(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.model)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """As `Trainer`'s, without the shifts of a singular-value adapter: decay would pull δ back to the backdoor."""
+        return [name for name in super().get_decay_parameter_names(model) if ".singular_delta." not in name]
 
     # ---- Before the first update ----
 

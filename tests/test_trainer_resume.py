@@ -31,6 +31,7 @@ from trainer_cases import (
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import hf_fip.trainer
+from hf_fip import SingularValueConfig
 from hf_fip.anchor import ANCHOR_NAME
 from hf_fip.checkpoint import last_complete_checkpoint
 
@@ -95,6 +96,9 @@ RUNS = {
     "signed": images(lambda: vit(0.2), trace_estimator="signed_sum"),
     "seq2seq": lambda folder, **options: text_trainer(folder, marian(0.2), **options),
     "adapter": images(lambda: vit(0.2), peft_config=LORA),
+    "singular": images(lambda: vit(0.2), peft_config=SingularValueConfig()),
+    "singular-norms": images(resnet, peft_config=SingularValueConfig(train_norms=True), optim="adamw_torch"),
+    "singular-few": images(lambda: PlainNet(0.2), peft_config=SingularValueConfig(rank=2)),
 }
 
 

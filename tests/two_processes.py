@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 from trainer_cases import Images, PlainNet, eager_vit, image_trainer, logged, vit, weights
 from transformers.trainer_callback import TrainerState
 
+from hf_fip import SingularValueConfig
+
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 EXACT = {"trace_estimator": "exact", "trace_gradient": "double_backward", "fisher_labels": "empirical"}
 BOTH = {"eta_f": 0.05, "eta_r": 2.0, "train_dataset": Images(27)}  # an odd number: one process has a sample more
@@ -37,6 +39,9 @@ SAME = {
     "trace-form": lambda folder: image_trainer(
         folder, eager_vit(), **BOTH, **EXACT, **batches_of_eight(1), trace_form="trace", trace_interval=2
     ),
+    "singular": lambda folder: image_trainer(
+        folder, eager_vit(), **BOTH, **EXACT, **batches_of_eight(1), peft_config=SingularValueConfig(train_norms=True)
+    ),
     "drift-alone": lambda folder: image_trainer(
         folder,
         vit(),
@@ -49,6 +54,9 @@ DRAWN = {
     "default": lambda folder: image_trainer(folder, vit(0.2), **BOTH, **SAVING),
     "accumulated": lambda folder: image_trainer(
         folder, vit(0.2), **BOTH, **SAVING, gradient_accumulation_steps=2, activation_checkpointing=True
+    ),
+    "singular": lambda folder: image_trainer(
+        folder, PlainNet(0.2), **BOTH, **SAVING, peft_config=SingularValueConfig()
     ),
     "batchnorm": lambda folder: image_trainer(folder, PlainNet(0.2), **BOTH, **SAVING, trace_estimator="signed_sum"),
 }

@@ -45,8 +45,9 @@ def decompose(weight: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, 
         factors = [_leading(matrix, rank) for matrix in matrices]
     else:
         factors = _in_full(matrices)
-    factors = [_canonical(u[:, :rank], sigma[:rank], vt[:rank]) for u, sigma, vt in factors]
+    factors = [_canonical(*parts) for parts in factors]  # before the cut, which may run through a group
     u, sigma, vt = (torch.stack(parts).to(dtype) for parts in zip(*factors, strict=True))
+    u, sigma, vt = (part.contiguous() for part in (u[..., :rank], sigma[..., :rank], vt[..., :rank, :]))
     return u.reshape(*stack, m, rank), sigma.reshape(*stack, rank), vt.reshape(*stack, rank, n)
 
 
@@ -72,8 +73,7 @@ def _in_full(matrices: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
 def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The `rank` largest singular triplets of one matrix `(m, n)`."""
     width = min(2 * rank + 8, *matrix.shape)
-    start = torch.randn(matrix.shape[1], width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    basis, found = start.to(matrix.device), None
+    basis, found = _normal(matrix.shape[1], width, 0).to(matrix.device), None
     for _ in range(_ITERATIONS):
         basis = torch.linalg.qr(matrix.mT @ torch.linalg.qr(matrix @ basis).Q).Q
         u, sigma, vt = torch.linalg.svd(matrix @ basis, full_matrices=False)
@@ -122,5 +122,9 @@ def _nearest_orthogonal(matrix: Tensor) -> Tensor:
 
 
 def _reference(rows: int, columns: int, like: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(columns, rows, dtype=torch.float64, generator=generator).mT.to(like.device)
+    return _normal(columns, rows, 1).mT.to(like.device)
+
+
+def _normal(rows: int, columns: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, columns, dtype=torch.float64, generator=generator, device="cpu")

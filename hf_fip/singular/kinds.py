@@ -31,10 +31,10 @@ class Linear(_Matrix, SingularValueLayer):
     """An `nn.Linear`."""
 
     def is_standard(self, base_layer):
-        return type(base_layer).forward is nn.Linear.forward
+        return _is_plain(base_layer, nn.Linear)
 
     def by_weight(self, matrix, *args, **kwargs):
-        return _call(self, nn.Linear, F.linear, matrix, args, kwargs)
+        return _call(self, F.linear, matrix, args, kwargs)
 
     def rows(self, x):
         return x.numel() // x.shape[-1]
@@ -49,6 +49,8 @@ class Linear(_Matrix, SingularValueLayer):
 class TransposedLinear(Linear):
     """transformers' `Conv1D` (GPT-2): a linear layer that stores its weight transposed."""
 
+    sizes = ("nx", "nf")
+
     @staticmethod
     def matrix_of(base_layer):
         return base_layer.weight.mT
@@ -58,17 +60,17 @@ class TransposedLinear(Linear):
         base_layer.weight.data = matrix.mT.contiguous()
 
     def is_standard(self, base_layer):
-        return type(base_layer).forward is Conv1D.forward
-
-    def by_weight(self, matrix, *args, **kwargs):
-        return _call(self, Conv1D, F.linear, matrix, args, kwargs)
+        return _is_plain(base_layer, Conv1D)
 
 
 class Embedding(_Matrix, SingularValueLayer):
     """An `nn.Embedding`, also one that scales its output by `embed_scale`."""
 
+    sizes = ("num_embeddings", "embedding_dim")
+
     def is_standard(self, base_layer):
-        return type(base_layer).forward is nn.Embedding.forward or hasattr(base_layer, "embed_scale")
+        scaled = hasattr(base_layer, "embed_scale") and not _has_hooks(base_layer)
+        return (_is_plain(base_layer, nn.Embedding) or scaled) and not base_layer.scale_grad_by_freq
 
     def _is_cheaper_by_activations(self, x, names):
         # A row is looked up, not multiplied: only x V and its expansion count, and making W' costs all rows.
@@ -82,7 +84,7 @@ class Embedding(_Matrix, SingularValueLayer):
         return super()._is_factored(names) and not hasattr(self.get_base_layer(), "embed_scale")
 
     def by_weight(self, matrix, *args, **kwargs):
-        return functional_call(self.base_layer, {"weight": matrix}, args, kwargs)
+        return _call_with(self.base_layer, {"weight": matrix}, args, kwargs)
 
     def project(self, x, vt):
         raise NotImplementedError("an embedding has rows of U for its input")
@@ -91,18 +93,27 @@ class Embedding(_Matrix, SingularValueLayer):
         if self._is_factored(names):
             basis = self.basis[names[0]]
             values = F.relu(basis.sigma + self.scale[names[0]] * self.singular_delta[names[0]])
-            return (F.embedding(x, basis.u) * values) @ basis.vt
+            return self._look_up(x, basis.u, values) @ basis.vt
         y = self.base_layer(x)
         factor = self._get_embed_scale()
         for name in names:
             basis = self.basis[name]
-            more = (F.embedding(x, basis.u) * self.shift(name)) @ basis.vt
+            more = self._look_up(x, basis.u, self.shift(name)) @ basis.vt
             y = y + (more if factor is None else more * factor).to(y.dtype)
         return y
+
+    def _look_up(self, x, u, values):
+        """The rows of U, times the values; the row of `padding_idx` gives no gradient, as in `nn.Embedding`."""
+        rows, padding = F.embedding(x, u), self.get_base_layer().padding_idx
+        if padding is None:
+            return rows * values
+        return rows * torch.where((x == padding).unsqueeze(-1), values.detach(), values)
 
 
 class Conv(SingularValueLayer):
     """An `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`: the matrix is out × (in / groups · kernel)."""
+
+    sizes = ("in_channels", "out_channels")
 
     @staticmethod
     def matrix_of(base_layer):
@@ -113,11 +124,11 @@ class Conv(SingularValueLayer):
         base_layer.weight.data = matrix.view(base_layer.weight.shape)
 
     def is_standard(self, base_layer):
-        return type(base_layer).forward in _CONVOLUTIONS.values() and base_layer.groups == 1
+        return _is_plain(base_layer, *_CONVOLUTIONS) and base_layer.groups == 1
 
     def by_weight(self, matrix, *args, **kwargs):
         weight = matrix.view(self.get_base_layer().weight.shape)
-        return _call(self, tuple(_CONVOLUTIONS), self.get_base_layer()._conv_forward, weight, args, kwargs)
+        return _call(self, self.get_base_layer()._conv_forward, weight, args, kwargs)
 
     def rows(self, x):
         layer = self.get_base_layer()
@@ -148,12 +159,13 @@ class Conv(SingularValueLayer):
         return pointwise(h * values.view(-1, *ones), u.view(*u.shape, *ones), bias)
 
 
-_CONVOLUTIONS = {kind: kind.forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class MultiheadAttention(SingularValueLayer):
     """An `nn.MultiheadAttention`: the four projections of queries, keys, values and output, `(4, E, E)`."""
 
+    sizes = ("embed_dim", "embed_dim")
     by_activations = False
 
     @staticmethod
@@ -168,17 +180,11 @@ class MultiheadAttention(SingularValueLayer):
 
     def by_weight(self, matrix, *args, **kwargs):
         weights = {"in_proj_weight": matrix[:3].flatten(0, 1), "out_proj.weight": matrix[3]}
-        return functional_call(self.base_layer, weights, args, kwargs)
+        return _call_with(self.base_layer, weights, args, kwargs)
 
-    def _weight_state(self, names):
-        # `matrix_of` copies: its address tells nothing.
-        scales = tuple((name, self.scale[name], self.basis[name].u.data_ptr()) for name in names)
-        base_layer = self.get_base_layer()
-        parts = (base_layer.in_proj_weight, base_layer.out_proj.weight)
-        return scales, tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in parts)
-
-    # nn.TransformerEncoderLayer has a fast path that reads the weights past this layer; it is not taken without this.
-    _qkv_same_embed_dim = False
+    @staticmethod
+    def weights_of(base_layer):
+        return base_layer.in_proj_weight, base_layer.out_proj.weight
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -189,14 +195,39 @@ class MultiheadAttention(SingularValueLayer):
             return getattr(self.base_layer, name)
 
 
-def _call(layer: SingularValueLayer, kind, function, weight: Tensor, args: tuple, kwargs: dict) -> Tensor:
-    """The layer's output with this weight: by `function` where the layer's forward is that of its kind."""
+def _is_plain(base_layer: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether calling a layer does what one of these kinds does, and nothing else."""
+    own = "forward" in vars(base_layer) or type(base_layer).forward not in [kind.forward for kind in kinds]
+    return not own and not _has_hooks(base_layer)
+
+
+def _has_hooks(base_layer: nn.Module) -> bool:
+    hooks = (base_layer._forward_hooks, base_layer._forward_pre_hooks)
+    return any((*hooks, base_layer._backward_hooks, base_layer._backward_pre_hooks))
+
+
+def _call(layer: SingularValueLayer, function, weight: Tensor, args: tuple, kwargs: dict) -> Tensor:
+    """The layer's output with this weight: by `function` where that is all that calling the layer does."""
     base_layer = layer.get_base_layer()
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    if len(args) == 1 and not kwargs and type(base_layer).forward in [k.forward for k in kinds]:
+    if len(args) == 1 and not kwargs and _is_plain(base_layer, nn.Linear, Conv1D, *_CONVOLUTIONS):
         return function(args[0], weight, base_layer.bias)
     own = weight.mT if isinstance(base_layer, Conv1D) else weight
-    return functional_call(base_layer, {"weight": own}, args, kwargs)
+    return _call_with(base_layer, {"weight": own}, args, kwargs)
+
+
+def _call_with(base_layer: nn.Module, weights: dict[str, Tensor], args: tuple, kwargs: dict) -> Any:
+    """`functional_call`, also under FSDP, which hides a parameter behind an attribute of the same name."""
+    hidden = []
+    for path in weights:
+        owner, _, name = path.rpartition(".")
+        attributes = vars(base_layer.get_submodule(owner))
+        if name in attributes:
+            hidden.append((attributes, name, attributes.pop(name)))
+    try:
+        return functional_call(base_layer, weights, args, kwargs)
+    finally:
+        for attributes, name, tensor in hidden:
+            attributes[name] = tensor
 
 
 def layer_class_of(base_layer: nn.Module) -> type[SingularValueLayer] | None:
@@ -207,10 +238,17 @@ def layer_class_of(base_layer: nn.Module) -> type[SingularValueLayer] | None:
         nn.Linear: Linear,
         Conv1D: TransposedLinear,
         nn.Embedding: Embedding,
-        tuple(_CONVOLUTIONS): Conv,
+        _CONVOLUTIONS: Conv,
         nn.MultiheadAttention: MultiheadAttention,
     }
     return next((ours for theirs, ours in kinds.items() if isinstance(base_layer, theirs)), None)
+
+
+def has_derived_weight(base_layer: nn.Module) -> bool:
+    """Whether the weight is computed from other parameters (weight_norm and other parametrizations)."""
+    weight = getattr(base_layer, "weight", None)
+    held = {**base_layer._parameters, **base_layer._buffers}
+    return isinstance(weight, Tensor) and "weight" not in held
 
 
 def why_not(base_layer: nn.Module) -> str | None:
@@ -231,6 +269,8 @@ def why_not(base_layer: nn.Module) -> str | None:
         weight = getattr(base_layer, "weight", None)
     if weight is None or not weight.is_floating_point() or hasattr(weight, "quant_state"):
         return "its weight is quantised: load the model in float32 or bfloat16"
+    if has_derived_weight(base_layer):
+        return "its weight is computed from other parameters (weight_norm?): exclude it"
     if weight.device.type == "meta":
         return "its weight is on the meta device: load the model's weights first"
     if getattr(base_layer, "max_norm", None) is not None:

@@ -56,6 +56,8 @@ class _ShiftedWeight(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         u, vt = ctx.saved_tensors
+        if gradient.is_sparse:  # an embedding with `sparse=True`
+            gradient = gradient.to_dense()
         shift = None
         if ctx.needs_input_grad[1]:
             with torch.autocast(gradient.device.type, enabled=False):
@@ -80,6 +82,7 @@ class SingularValueLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("singular_delta",)
     other_param_names = ("basis", "scale")
+    sizes = ("in_features", "out_features")  # what the layer calls them
     by_activations = True  # whether this kind of layer knows that way
 
     def __init__(self, base_layer: nn.Module):
@@ -91,10 +94,8 @@ class SingularValueLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._received: Tensor | None = None  # the weight, while another is merged into its place
-        self._made: tuple[list, Tensor] | None = None  # what W' was made of, and W'
-        for name in ("in_features", "out_features"):
-            if hasattr(self.get_base_layer(), name):
-                setattr(self, name, getattr(self.get_base_layer(), name))
+        self._made: tuple[tuple, Tensor] | None = None  # what W' was made of, and W'
+        self.in_features, self.out_features = (getattr(self.get_base_layer(), name) for name in self.sizes)
 
     # ---- What kinds of layer differ in ----
 
@@ -107,6 +108,11 @@ class SingularValueLayer(nn.Module, BaseTunerLayer):
     def replace_matrix(base_layer: nn.Module, matrix: Tensor) -> None:
         """Put another matrix in the weight's place, in new memory."""
         raise NotImplementedError
+
+    @staticmethod
+    def weights_of(base_layer: nn.Module) -> tuple[Tensor, ...]:
+        """The parameters that the matrix is made of."""
+        return (base_layer.weight,)
 
     def by_weight(self, matrix: Tensor, *args, **kwargs) -> Any:
         """The layer's output with `matrix` for its weight."""
@@ -125,7 +131,7 @@ class SingularValueLayer(nn.Module, BaseTunerLayer):
         raise NotImplementedError
 
     def is_standard(self, base_layer: nn.Module) -> bool:
-        """Whether the layer's forward is that of its kind, and not a subclass' own."""
+        """Whether calling the layer does what its kind does: no forward of its own, no hooks."""
         raise NotImplementedError
 
     # ---- Adapters ----
@@ -134,10 +140,11 @@ class SingularValueLayer(nn.Module, BaseTunerLayer):
         """Add an adapter, or replace the one of that name."""
         delta = torch.zeros_like(basis.sigma)
         if not config.init_weights:
-            delta = 0.1 * basis.sigma.detach().mean() * torch.randn(basis.sigma.shape, device=basis.sigma.device)
+            delta = 0.1 * basis.sigma.detach().mean() * torch.randn_like(basis.sigma)
         self.basis[adapter_name] = basis
         self.scale[adapter_name] = config.scale
-        self.singular_delta[adapter_name] = nn.Parameter(delta)
+        # In the weight's type, as PEFT expects it: it makes float32 of it unless `autocast_adapter_dtype=False`.
+        self.singular_delta[adapter_name] = nn.Parameter(delta.to(self.weights_of(self.get_base_layer())[0].dtype))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -173,21 +180,30 @@ class SingularValueLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: with `safe_merge`, when W' is not finite; nothing is then changed.
         """
-        base_layer = self.get_base_layer()
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.singular_delta:
-                continue
-            basis, matrix = self.basis[name], self.matrix_of(base_layer).detach()
-            merged = _shifted(matrix, self.shift(name).detach(), basis.u, basis.vt)
-            if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken: nothing was merged."
-                )
-            if self._received is None:
-                self._received = matrix
-            self.replace_matrix(base_layer, merged)
-            self.merged_adapters.append(name)
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.singular_delta]
+        if not names:
+            return
+        matrix = self.matrix_of(self.get_base_layer()).detach()
+        merged = self._merged(matrix, names)
+        if safe_merge and not torch.isfinite(merged).all():
+            broken = ", ".join(names)
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {broken} seems to be broken.")
+        if self._received is None:
+            self._received = matrix
+        self.replace_matrix(self.get_base_layer(), merged)
+        self.merged_adapters.extend(names)
         self._made = None
+
+    def _merged(self, matrix: Tensor, names: list[str]) -> Tensor:
+        """The matrix with the shifts of these adapters."""
+        for name in names:
+            matrix = _shifted(matrix, self.shift(name).detach(), self.basis[name].u, self.basis[name].vt)
+        return matrix
+
+    def merges_to_finite(self, adapter_names: list[str] | None = None) -> bool:
+        """Whether `merge` would give finite weights."""
+        names = [name for name in adapter_names or self.active_adapters if name in self.singular_delta]
+        return bool(torch.isfinite(self._merged(self.matrix_of(self.get_base_layer()).detach(), names)).all())
 
     def unmerge(self) -> None:
         """Put the received weight back, bit for bit."""
@@ -231,7 +247,8 @@ class SingularValueLayer(nn.Module, BaseTunerLayer):
     def _is_factored(self, names: list[str]) -> bool:
         """Whether U, σ and V stand for the weight by themselves, which then takes no part in the forward pass."""
         weight, basis = self.matrix_of(self.get_base_layer()), self.basis[names[0]]
-        exact = basis.is_complete and basis.u.dtype == weight.dtype
+        # In half precision they do not give the weight back.
+        exact = basis.is_complete and basis.u.dtype == weight.dtype and weight.dtype.itemsize >= 4
         return len(names) == 1 and exact and not weight.requires_grad
 
     def _by_activations(self, x: Tensor, names: list[str]) -> Tensor:
@@ -257,7 +274,7 @@ class SingularValueLayer(nn.Module, BaseTunerLayer):
             shifted = _ShiftedWeight.apply(shifted, self.shift(name), basis.u, basis.vt, last)
         if made is None and not _is_traced(shifted):
             deltas = [self.singular_delta[name].detach().clone() for name in names]
-            self._made = (self._weight_state(names), deltas), shifted.detach()
+            self._made = (self._weight_state(names), deltas, self._origins(names)), shifted.detach()
         return shifted
 
     def _made_of(self, names: list[str]) -> bool:
@@ -268,14 +285,27 @@ class SingularValueLayer(nn.Module, BaseTunerLayer):
         deltas = [self.singular_delta[name].detach() for name in names]
         if self._made is None or any(map(_is_traced, deltas)):
             return False
-        state, made_of = self._made[0]
+        if self._made[1].is_inference() and not torch.is_inference_mode_enabled():
+            return False  # autograd does not take what `torch.inference_mode` made
+        state, made_of, _ = self._made[0]
         return state == self._weight_state(names) and all(map(torch.equal, made_of, deltas))
 
     def _weight_state(self, names: list[str]) -> tuple:
         """What tells one base weight, and one set of adapters but for their δ, from another."""
-        weight = self.matrix_of(self.get_base_layer())
-        scales = tuple((name, self.scale[name], self.basis[name].u.data_ptr()) for name in names)
-        return scales, weight.data_ptr(), weight._version, weight.dtype, weight.device
+        scales = tuple((name, self.scale[name]) for name in names)
+        return scales, tuple((t.data_ptr(), t._version, t.dtype, t.device) for t in self._origins(names))
+
+    def _origins(self, names: list[str]) -> list[Tensor]:
+        """What W' is made of but for δ. Kept with it, so that no other tensor gets the same address meanwhile."""
+        weights = self.weights_of(self.get_base_layer())
+        return [tensor.detach() for tensor in (*weights, *(self.basis[name].u for name in names))]
+
+    def _apply(self, fn, recurse=True):
+        self._made = None  # `.to(…)` would leave the memory it holds behind
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_made": None}  # not worth its place in a file or a copy
 
     def __repr__(self) -> str:
         return "singular." + super().__repr__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 
 import torch
@@ -14,13 +15,13 @@ from tqdm.auto import tqdm
 
 from .config import ALL, SingularValueConfig, SingularValueType
 from .decomposition import decompose
-from .kinds import layer_class_of, why_not
+from .kinds import has_derived_weight, layer_class_of, why_not
 from .layer import Basis, SingularValueLayer
 
 _BATCH_NUMBERS = 2**24  # of the weights that are decomposed in one call
 _SLOW_NUMBERS = 2**22  # weights beyond it are worth a progress bar
 _OTHER_WEIGHTS = {torch.float16: 3e-2, torch.bfloat16: 3e-2}  # how far σ may be off, of the largest
-BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
+RUNNING_NORMS = (nn.modules.batchnorm._NormBase,)  # BatchNorm and InstanceNorm
 
 
 class SingularValueModel(BaseTuner):
@@ -28,7 +29,8 @@ class SingularValueModel(BaseTuner):
     A model whose singular values are shifted: Fast FIP's adapter, made by `get_peft_model` or `FIPTrainer`.
 
     BatchNorm layers that are not trained (`train_norms`, `modules_to_save`) run on their received statistics in train
-    mode too: an adapter could neither save nor take back statistics that moved.
+    mode too: an adapter could neither save nor take back statistics that moved. The fast path of
+    `nn.TransformerEncoder`, which reads weights past their layers, is switched off.
 
     Source: Karim et al., *Fisher Information guided Purification against Backdoor Attacks*, CCS 2024, Fast FIP.
     """
@@ -43,9 +45,12 @@ class SingularValueModel(BaseTuner):
         # A state dict, when there is one, says which layers are adapted in place of the config.
         ends = "." + self.prefix
         self._named_by_state_dict = state_dict and {key.rsplit(ends, 1)[0] for key in state_dict if ends in key}
-        self._adapter_name = adapter_name
+        # PEFT's low_cpu_mem_usage: by this argument, or by a context in which new parameters have no memory.
+        new = nn.ParameterList([nn.Parameter(torch.empty(0))])
+        self._is_filled_later = kwargs.get("low_cpu_mem_usage", False) or new[0].is_meta
         super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
         self._hold_batch_norms()
+        _leave_fast_paths(model)
 
     def _prepare_adapter_config(self, peft_config: SingularValueConfig, model_config: dict) -> SingularValueConfig:
         if peft_config.target_modules is None:
@@ -58,14 +63,13 @@ class SingularValueModel(BaseTuner):
             norms = [name for name, module in _own_modules(model) if is_norm(module)]
             peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or ()), *norms})
         if peft_config.target_modules == ALL:
-            found = _supported(model)
-            peft_config.target_modules = {*found}
+            peft_config.target_modules = _exactly(_supported(model), model)
             targets = self._targets(peft_config, model)
             if peft_config.rank is not None:  # a layer that has fewer shifts all of its own
                 for name, layer in targets.items():
                     own = _full_rank(layer)
-                    if own < peft_config.rank and get_pattern_key(peft_config.rank_pattern, name) == name:
-                        peft_config.rank_pattern = {**peft_config.rank_pattern, name: own}
+                    if own < peft_config.rank and _rank_pattern_of(peft_config, name) is None:
+                        peft_config.rank_pattern = {**peft_config.rank_pattern, "^" + re.escape(name): own}
                 if targets and peft_config.rank > max(map(_full_rank, targets.values())):
                     raise ValueError(f"rank={peft_config.rank} is larger than that of every layer: lower it.")
         targets = self._targets(peft_config, model)
@@ -96,6 +100,9 @@ class SingularValueModel(BaseTuner):
         bases, groups = {}, defaultdict(list)
         for name, layer in targets.items():
             rank, there = ranks[name], model.get_submodule(name)
+            if self._is_filled_later and peft_config.save_basis:
+                bases[name] = _empty_basis(layer_class_of(layer).matrix_of(layer), rank)
+                continue
             if isinstance(there, SingularValueLayer) and not peft_config.save_basis:
                 same = (basis for basis in there.basis.values() if basis.rank == rank)
                 bases[name] = next(same, None)
@@ -132,6 +139,12 @@ class SingularValueModel(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent, child_name, new_module, child) -> None:
+        if isinstance(child, SingularValueLayer):  # unloaded: the layer as received, which may have no `weight`
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     # ---- Use ----
 
     def train(self, mode: bool = True) -> SingularValueModel:
@@ -142,6 +155,22 @@ class SingularValueModel(BaseTuner):
     def _hold_batch_norms(self) -> None:
         for module in _frozen_batch_norms(self.model):
             module.eval()
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        if safe_merge:
+            self._check_finite(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
+        if merge and safe_merge:
+            self._check_finite(adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _check_finite(self, adapter_names: list[str] | None) -> None:
+        """Before the first layer is merged, so that no model is left half merged."""
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, SingularValueLayer) and not layer.merges_to_finite(adapter_names):
+                raise ValueError(f"NaNs detected in the merged weights of {name}: nothing was merged.")
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
@@ -180,7 +209,7 @@ def register() -> None:
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a norm layer with weights of its own; transformers' own are told by their name."""
-    kinds = (*BATCH_NORMS, nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm, nn.RMSNorm)
+    kinds = (*RUNNING_NORMS, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
     named = type(module).__name__.lower().endswith(("layernorm", "rmsnorm", "layernorm2d"))
     return (isinstance(module, kinds) or named) and any(True for _ in module.parameters(recurse=False))
 
@@ -203,15 +232,31 @@ def _supported(model: nn.Module) -> list[str]:
         if not name or isinstance(module, ModulesToSaveWrapper) or (inside and name.startswith(inside)):
             continue
         layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if layer_class_of(layer) is not None and not any(id(p) in shared for p in layer.parameters()):
+        if layer_class_of(layer) is None or has_derived_weight(layer) or _is_fixed_table(layer):
+            continue
+        if not any(id(p) in shared for p in layer.parameters()):
             found.append(name)
             inside += (name + ".",)  # an attention layer's own projections
     return found
 
 
+def _is_fixed_table(layer: nn.Module) -> bool:
+    """Whether these are sines of positions: transformers' own, told by their name, run without gradients."""
+    return isinstance(layer, nn.Embedding) and "sinusoidal" in type(layer).__name__.lower()
+
+
+def _exactly(found: list[str], model: nn.Module) -> set[str] | str:
+    """These layers as `target_modules`: names, which PEFT takes for ends of names too, or a regular expression."""
+    names, ends = {*found}, tuple("." + name for name in found)
+    if any(name.endswith(ends) for name, _ in model.named_modules() if name not in names):
+        return "|".join(map(re.escape, found))
+    return names
+
+
 def _shared_weights(model: nn.Module) -> set[int]:
     """The ids of the parameters that stand in more than one place, such as tied embeddings."""
-    places = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    modules = [module for _, module in model.named_modules(remove_duplicate=False)]
+    places = Counter(id(p) for m in modules for p in m._parameters.values() if p is not None)
     adapters = {id(p) for m in model.modules() if isinstance(m, Basis) for p in m.parameters()}
     return {key for key, count in places.items() if count > 1} - adapters
 
@@ -222,14 +267,27 @@ def _full_rank(layer: nn.Module) -> int:
 
 def _rank_of(peft_config: SingularValueConfig, name: str, layer: nn.Module) -> int:
     own = _full_rank(layer)
-    pattern = get_pattern_key(peft_config.rank_pattern, name)
-    rank = peft_config.rank_pattern.get(pattern, peft_config.rank)
+    pattern = _rank_pattern_of(peft_config, name)
+    rank = peft_config.rank if pattern is None else peft_config.rank_pattern[pattern]
     if rank is not None and rank > own:
         raise ValueError(
             f"{name} has {own} singular values, and rank={rank} of them were asked for: lower `rank`, or give this "
             f"layer its own by rank_pattern={{{name!r}: {own}}}."
         )
     return own if rank is None else rank
+
+
+def _rank_pattern_of(peft_config: SingularValueConfig, name: str) -> str | None:
+    """The key of `rank_pattern` that a layer matches."""
+    key = get_pattern_key(peft_config.rank_pattern, name)
+    return key if key in peft_config.rank_pattern else None
+
+
+def _empty_basis(matrix: torch.Tensor, rank: int) -> Basis:
+    """Factors on the meta device, whose place those of a file take."""
+    *stack, m, n = matrix.shape
+    kind = {"dtype": torch.promote_types(matrix.dtype, torch.float32), "device": "meta"}
+    return Basis(*(torch.empty(*stack, *shape, **kind) for shape in ((m, rank), (rank,), (rank, n))))
 
 
 def _decompose_all(targets: dict[str, nn.Module], names: list[str], rank: int) -> list[Basis]:
@@ -247,7 +305,17 @@ def _frozen_batch_norms(model: nn.Module):
     for wrapper in model.modules():
         if isinstance(wrapper, ModulesToSaveWrapper):
             trained.update(id(module) for copy in wrapper.modules_to_save.values() for module in copy.modules())
-    return [m for m in model.modules() if isinstance(m, BATCH_NORMS) and id(m) not in trained]
+    return [m for m in model.modules() if isinstance(m, RUNNING_NORMS) and id(m) not in trained]
+
+
+def _leave_fast_paths(model: nn.Module) -> None:
+    """Keep torch's encoder layers that hold an adapted layer from reading the weights past it."""
+    for module in model.modules():
+        if not isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
+            continue
+        if any(isinstance(inner, SingularValueLayer) for inner in module.modules()):
+            module.use_nested_tensor = False  # of the encoder
+            module.activation_relu_or_gelu = 0  # of its layers
 
 
 def _check_fit(model: nn.Module, state_dict: dict[str, torch.Tensor], adapter_name: str) -> None:
@@ -267,12 +335,22 @@ def _check_fit(model: nn.Module, state_dict: dict[str, torch.Tensor], adapter_na
                 f"The adapter {adapter_name!r} was made for another model: {key} has the shape {tuple(tensor.shape)}, "
                 f"and this model's {tuple(own[key].shape)}. {way_out}"
             )
-        if key.endswith(".sigma") and own[key].device.type != "meta":
-            now, then = own[key].float(), tensor.to(own[key].device).float()
-            layer = model.get_submodule(key[: key.index(".basis.")])
-            allowed = _OTHER_WEIGHTS.get(layer.matrix_of(layer.get_base_layer()).dtype, 1e-3)
-            if (now - then).abs().max() > allowed * now.max():
+        if key.endswith(".sigma"):
+            name = key[: key.index(".basis.")]
+            layer = model.get_submodule(name)
+            matrix = layer.matrix_of(layer.get_base_layer()).detach()
+            now, then = own[key], tensor.to(matrix.device).float()
+            u, vt = (ours.get(key.removesuffix("sigma") + side) for side in ("u", "vt"))
+            if u is not None and vt is not None:  # σ along the directions of the file
+                now = ((u.to(matrix.device).float().mT @ matrix.float()) * vt.to(matrix.device).float()).sum(-1)
+            elif now.device.type == "meta":
                 raise ValueError(
-                    f"The adapter {adapter_name!r} was made for other weights: the singular values of "
-                    f"{key[: key.index('.basis.')]} are not those it shifts. {way_out}"
+                    f"The file of the adapter {adapter_name!r} lacks U and V of {name}: load it without "
+                    "low_cpu_mem_usage=True."
+                )
+            allowed = _OTHER_WEIGHTS.get(matrix.dtype, 1e-3) * then.max()
+            if not ((now.float() - then).abs() <= allowed).all():
+                raise ValueError(
+                    f"The adapter {adapter_name!r} was made for other weights: the singular values of {name} are not "
+                    f"those it shifts. {way_out}"
                 )

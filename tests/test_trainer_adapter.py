@@ -1,0 +1,115 @@
+"""FIPTrainer with a singular-value adapter: Fast FIP."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from trainer_cases import Images, PlainNet, eager_vit, identical, image_trainer, logged, resnet, trained, vit, weights
+
+from hf_fip import SingularValueConfig
+from hf_fip.fisher import fisher_diagonal, fisher_trace, per_sample_scores
+from hf_fip.fisher.likelihood import Categorical
+from hf_fip.singular import SingularValueLayer
+
+BOTH = {"eta_f": 0.1, "eta_r": 1.0}
+MODELS = {"vit": vit, "resnet": resnet, "plain": PlainNet}
+
+
+def layers_of(model: nn.Module) -> dict[str, SingularValueLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, SingularValueLayer)}
+
+
+def test_the_fisher_of_the_shifts_is_the_projected_fisher_of_the_weights(tmp_path):
+    # At δ = 0 the score of a shift is u_iᵀ S v_i, with S the score of the weight.
+    images = Images(6)
+    batch = {"pixel_values": images.pixels, "labels": images.labels}
+    received = eager_vit().eval()
+    adapted = image_trainer(tmp_path, eager_vit(), peft_config=SingularValueConfig()).model.eval()
+    names = [name for name, _ in received.named_parameters()]
+    scores = {name: [] for name in names}
+    for chunk in per_sample_scores(received, Categorical(), {"pixel_values": images.pixels}, images.labels):
+        for name, score in zip(names, chunk, strict=True):
+            scores[name].append(score)
+    diagonal = fisher_diagonal(adapted, [batch], labels="empirical")
+    trace = 0.0
+    for name, layer in layers_of(adapted).items():
+        basis = layer.basis["default"]
+        weight = torch.cat(scores[f"{name.removeprefix('base_model.model.')}.weight"]).flatten(2)
+        expected = torch.einsum("mr,bmn,rn->br", basis.u, weight, basis.vt).square().mean(0)
+        found = diagonal[f"{name}.singular_delta.default"]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6 * expected.max().item())
+        trace += expected.sum().item()
+    estimate = fisher_trace(adapted, batch, estimator="exact", labels="empirical")
+    assert estimate == pytest.approx(trace, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("norms", [False, True])
+def test_both_terms_act_on_what_the_adapter_trains_and_on_nothing_else(name, norms, tmp_path):
+    trainer = image_trainer(tmp_path, MODELS[name](), peft_config=SingularValueConfig(train_norms=norms), **BOTH)
+    before = weights(trainer.model)
+    after = trained(trainer)
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    assert any("singular_delta" in key for key in moved)
+    assert {key for key in moved if "singular_delta" not in key and "modules_to_save" not in key} == set()
+    assert any("modules_to_save" in key for key in moved) == norms
+    trainable = {key for key, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert trainer._anchor.received.keys() == trainable
+    assert len(trainer._trace.parameters) == len(trainable)
+    assert len(logged(trainer, "fisher_trace")) == len(logged(trainer, "drift")) == 3
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_switched_off_after_training_it_is_the_received_model_bit_for_bit(name, tmp_path):
+    received, pixels = MODELS[name]().eval(), Images(5).pixels
+    expected = received(pixels)["logits"]
+    adapter = SingularValueConfig(train_norms=True)
+    trainer = image_trainer(tmp_path, MODELS[name](), peft_config=adapter, learning_rate=1.0, **BOTH)
+    trainer.train()
+    model = trainer.model.eval()
+    assert not torch.allclose(model(pixels)["logits"], expected, atol=1e-3)
+    with model.disable_adapter():
+        assert torch.equal(model(pixels)["logits"], expected)
+
+
+def test_shifts_do_not_decay(tmp_path):
+    runs = []
+    for decay in (0.0, 0.5):
+        trainer = image_trainer(tmp_path, vit(), peft_config=SingularValueConfig(), weight_decay=decay, **BOTH)
+        runs.append(trained(trainer))
+    assert identical(*runs)
+
+
+def test_a_large_pull_holds_the_shifts_at_zero(tmp_path):
+    sizes = []
+    for eta_r in (0.0, 1e3):
+        options = {"eta_f": 0.0, "eta_r": eta_r, "max_steps": 20, "learning_rate": 1e-3}
+        trainer = image_trainer(tmp_path, vit(), peft_config=SingularValueConfig(), **options)
+        after = trained(trainer)
+        diagonal = trainer._anchor.diagonal if trainer._anchor else diagonal_of(tmp_path)
+        sizes.append(sum((diagonal[key] * after[key].square()).sum().item() for key in diagonal))
+    assert sizes[1] < 0.5 * sizes[0]
+
+
+def diagonal_of(folder) -> dict:
+    trainer = image_trainer(folder, vit(), peft_config=SingularValueConfig(), eta_f=0.0, eta_r=1.0, max_steps=1)
+    trainer.train()
+    return trainer._anchor.diagonal
+
+
+def test_the_config_given_is_left_as_it_was(tmp_path):
+    adapter = SingularValueConfig(train_norms=True)
+    given = copy.deepcopy(adapter)
+    for model in (vit(), resnet()):
+        image_trainer(tmp_path, model, peft_config=adapter)
+    assert adapter == given
+
+
+def test_the_log_of_a_constant_models_trace_is_left_alone(tmp_path):
+    model = vit()
+    nn.init.zeros_(model.classifier.weight)
+    model.classifier.bias.data.copy_(torch.tensor([200.0, 0.0, 0.0]))
+    trainer = image_trainer(tmp_path, model, eta_f=2.0, learning_rate=1e-8)
+    trainer.train()
+    assert logged(trainer, "fisher_trace") == [0.0] * 3
