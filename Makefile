@@ -5,6 +5,8 @@ PYTHON ?= python3
 ARGS   ?=
 PY     := .venv/bin/python
 STAMP  := .venv/.installed
+PEFT   := $(shell sed -n 's/^peft==//p' constraints.txt)
+TESTS  := .venv/.peft-$(PEFT)-tests
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test style quality clean
@@ -21,10 +23,16 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e ".[test]"
 	@touch $@
 
+# PEFT's own tests, which tests/peft_suite runs on our tuner, are in its source distribution only.
+$(TESTS): $(STAMP)
+	$(PY) -m pip download --disable-pip-version-check --no-deps --no-binary peft -d .venv peft==$(PEFT)
+	tar -xzf .venv/peft-$(PEFT).tar.gz -C .venv
+	@touch $@
+
 demo: $(STAMP)  ## take a backdoor out of a small ViT, on the handwritten digits
 	OMP_NUM_THREADS=1 $(PY) recipes/purify_vit.py --overwrite_output_dir $(ARGS)
 
-test: $(STAMP)  ## run the whole test suite (more arguments: ARGS="-k fisher -x")
+test: $(STAMP) $(TESTS)  ## run the whole test suite (more arguments: ARGS="-k fisher -x")
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
 
 style: $(STAMP)  ## format the code and fix what ruff can fix
