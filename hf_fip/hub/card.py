@@ -30,7 +30,7 @@ def make_card(report: dict[str, Any], plots: list[str], load_class: str) -> Mode
     if report["der"] is not None:
         rows.append(f"| DER (50 is no effect) | | {_percent(report['der'])} |")
     data = ModelCardData(
-        library_name="transformers",
+        library_name="transformers" if report["adapter_switched_off"] is None else "peft",
         pipeline_tag="image-classification",
         tags=["hf_fip", "backdoor-purification"],
         base_model=report["model"] if report["model_is_from_hub"] else None,
@@ -50,6 +50,9 @@ def make_card(report: dict[str, Any], plots: list[str], load_class: str) -> Mode
         versions=", ".join(f"{name} {version}" for name, version in report["versions"].items()),
         plots="\n".join(f"![{Path(path).stem}]({path})" for path in plots),
         load_class=load_class,
+        is_adapter=report["adapter_switched_off"] is not None,
+        switched_off=_percent((report["adapter_switched_off"] or {}).get("asr")),
+        base=_escape(report["model"]) if report["model_is_from_hub"] else "path/to/the/received/model",
     )
 
 

@@ -159,6 +159,51 @@ class ModelArguments:
 
 
 @dataclass
+class AdapterArguments:
+    """Fast FIP: what is trained in place of the weights, and saved in place of the model."""
+
+    adapter: str = field(
+        default="none",
+        metadata={
+            "help": "'singular' shifts only the singular values of the weights (Fast FIP) and saves a small adapter.",
+            "choices": ("none", "singular"),
+        },
+    )
+    adapter_rank: int | None = field(
+        default=None, metadata={"help": "Shift so many of the largest singular values of each layer. Default: all."}
+    )
+    adapter_target_modules: str = field(
+        default="all", metadata={"help": "Layers to adapt: 'all', name,name or a regular expression."}
+    )
+    adapter_train_norms: bool = field(
+        default=True, metadata={"help": "Train the norm layers too; the adapter file then holds them."}
+    )
+    adapter_save_basis: bool = field(
+        default=False, metadata={"help": "Save U and V too: about twice the size of the model, and loads faster."}
+    )
+
+    def make(self):
+        """The PEFT config; None without an adapter.
+
+        Raises:
+            ValueError: for options of an adapter that is not there.
+        """
+        if self.adapter == "none":
+            if self != AdapterArguments():
+                raise ValueError("--adapter_* are options of an adapter: add --adapter singular.")
+            return None
+        from ..singular import SingularValueConfig
+
+        targets = self.adapter_target_modules
+        return SingularValueConfig(
+            target_modules=targets.split(",") if "," in targets else targets,
+            rank=self.adapter_rank,
+            train_norms=self.adapter_train_norms,
+            save_basis=self.adapter_save_basis,
+        )
+
+
+@dataclass
 class VictimConfig(FIPConfig):
     """How a victim is trained: a [`FIPConfig`] without FIP (set eta_f for an attacker who adapts to it)."""
 

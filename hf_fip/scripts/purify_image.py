@@ -30,7 +30,15 @@ from ..plots import plot_purification, plot_triggers
 from ..tasks.data import LabelledImages, split_clean
 from ..tasks.image_classification import PixelDataset, load_image_classifier, match_labels
 from ..trainer import FIPTrainer
-from .arguments import COMMON_DEFAULTS, AttackArguments, DataArguments, ModelArguments, VictimConfig, parse
+from .arguments import (
+    COMMON_DEFAULTS,
+    AdapterArguments,
+    AttackArguments,
+    DataArguments,
+    ModelArguments,
+    VictimConfig,
+    parse,
+)
 from .backdoor_image import train_victim
 from .images import attack_of, augmentation, channels_of, images_of, make_test, recorded_split
 from .report import REPORT_NAME, Cost, non_default, versions
@@ -43,9 +51,9 @@ EXAMPLES = 6  # columns of the picture of triggers
 
 def main(architecture: str) -> None:
     """`recipes/purify_vit.py` and `recipes/purify_cnn.py`: they differ in the victim made when no model is given."""
-    groups = (DataArguments, AttackArguments, ModelArguments, FIPConfig)
+    groups = (DataArguments, AttackArguments, ModelArguments, AdapterArguments, FIPConfig)
     name = {"vit": "purify_vit", "resnet": "purify_cnn"}[architecture]
-    data, attack, model, training = parse(
+    data, attack, model, adapter, training = parse(
         groups,
         __doc__,
         output_dir=f"outputs/{name}",
@@ -56,14 +64,19 @@ def main(architecture: str) -> None:
         save_total_limit=1,
         **COMMON_DEFAULTS,
     )
-    purify(data, attack, model, training)
+    purify(data, attack, model, adapter, training)
 
 
 def purify(
-    data: DataArguments, attack_arguments: AttackArguments, model_arguments: ModelArguments, training: FIPConfig
+    data: DataArguments,
+    attack_arguments: AttackArguments,
+    model_arguments: ModelArguments,
+    adapter_arguments: AdapterArguments,
+    training: FIPConfig,
 ) -> None:
     """Purify a model and write the folder `training.output_dir`."""
-    arguments = non_default(data, attack_arguments, model_arguments, training)
+    arguments = non_default(data, attack_arguments, model_arguments, adapter_arguments, training)
+    adapter_config = adapter_arguments.make()
     folder = RunFolder(training.output_dir, arguments, overwrite=model_arguments.overwrite_output_dir)
     output_dir, training.output_dir = training.output_dir, str(folder.work)
     given = model_arguments.model_name_or_path
@@ -99,6 +112,7 @@ def purify(
             train_dataset=PixelDataset(clean, processor, channels_of(model)),
             processing_class=processor,
             train_transform=augmentation(model_arguments.augment, images),
+            peft_config=adapter_config,
             callbacks=[cost, curve],
         )
         curve.trainer = trainer
@@ -109,6 +123,10 @@ def purify(
         if attack is not None and before["asr"] < WEAK_VICTIM:
             say(f"warning: an ASR of {before['asr']:.1f} % before purification proves nothing about purification.")
         trainer.train(resume_from_checkpoint=folder.checkpoint or training.resume_from_checkpoint)
+        switched_off = None
+        if adapter_config is not None:
+            with trainer.model.disable_adapter():
+                switched_off = test.measure(trainer)
         after = test.measure(trainer)
         validation = held_out and BackdoorTest(PixelDataset(held_out, processor, channels_of(model))).measure(trainer)
         trainer.save_model(str(folder.result))
@@ -118,7 +136,9 @@ def purify(
                 "after": after,
                 "der": None if attack is None else defense_effectiveness_rating(before, after),
                 "validation_accuracy": validation and validation["accuracy"],
-                "cost": cost.report,
+                "adapter_switched_off": switched_off,
+                "cost": cost.report
+                | {"file_bytes": sum(f.stat().st_size for f in folder.result.glob("*.safetensors"))},
                 "model": place,
                 "model_is_from_hub": bool(given) and not Path(given).exists(),
                 "attack": attack and attack.name,
@@ -134,8 +154,16 @@ def purify(
             card.save(folder.result / "README.md")
             say(f"{place}, purified:")
             print_comparison(before, after, report["der"], report["cost"])
+            if attack is not None and switched_off is not None:
+                say(f"with the adapter switched off, ASR is {switched_off['asr']:.1f} % again")
         folder.publish()
-    say(f"saved to {output_dir}: the purified model, README.md, report.json, plots/")
+    what = "the purified model" if adapter_config is None else "the adapter"
+    say(f"saved to {output_dir}: {what}, README.md, report.json, plots/")
+
+
+def _weight_bytes(folder: Path) -> int:
+    """The size of what was saved of the model: its weights, or its adapter."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def _is_other_data(recorded: dict, images: LabelledImages) -> bool:

@@ -118,5 +118,15 @@ def print_comparison(before: dict, after: dict, der: float | None, cost: dict) -
     Console().print(table)
     print(
         f"{cost['seconds']:.1f} s, {1000 * cost['seconds_per_step']:.0f} ms a step, "
-        f"{cost['trainable_parameters']:,} trainable parameters, peak {cost['peak_memory_bytes'] / 2**20:.0f} MiB"
+        f"{cost['trainable_parameters']:,} trainable parameters, peak {cost['peak_memory_bytes'] / 2**20:.0f} MiB, "
+        f"{file_size(cost['file_bytes'])} saved"
     )
+
+
+def file_size(size: int) -> str:
+    """A number of bytes as a person reads it, in units of 1,000."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"
