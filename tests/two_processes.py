@@ -55,7 +55,7 @@ DRAWN = {
     "accumulated": lambda folder: image_trainer(
         folder, vit(0.2), **BOTH, **SAVING, gradient_accumulation_steps=2, activation_checkpointing=True
     ),
-    "singular": lambda folder: image_trainer(
+    "singular-batchnorm": lambda folder: image_trainer(
         folder, PlainNet(0.2), **BOTH, **SAVING, peft_config=SingularValueConfig()
     ),
     "batchnorm": lambda folder: image_trainer(folder, PlainNet(0.2), **BOTH, **SAVING, trace_estimator="signed_sum"),
