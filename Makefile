@@ -29,8 +29,11 @@ $(TESTS): $(STAMP)
 	tar -xzf .venv/peft-$(PEFT).tar.gz -C .venv
 	@touch $@
 
-demo: $(STAMP)  ## take a backdoor out of a small ViT, on the handwritten digits
-	OMP_NUM_THREADS=1 $(PY) recipes/purify_vit.py --overwrite_output_dir $(ARGS)
+demo: $(STAMP)  ## take a backdoor out of a small ViT, by FIP and by Fast FIP, on the handwritten digits
+	OMP_NUM_THREADS=1 $(PY) recipes/purify_vit.py --output_dir outputs/fip --overwrite_output_dir $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) recipes/purify_vit.py --adapter singular --output_dir outputs/fast_fip \
+		--overwrite_output_dir $(ARGS)
+	$(PY) recipes/compare_runs.py outputs/fip outputs/fast_fip
 
 test: $(STAMP) $(TESTS)  ## run the whole test suite (more arguments: ARGS="-k fisher -x")
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)

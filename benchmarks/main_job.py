@@ -6,9 +6,11 @@
 
 For each case (architecture:attack) and seed: a victim, made by recipes/backdoor_image.py and kept; then
 
-    FIP              recipes/purify_*.py as they are
-    control          the same with --eta_f 0: plain fine-tuning, same optimiser, steps and data
-    control, own lr  plain fine-tuning at the learning rate that does best on a fifth of the clean split, held out
+    FIP                recipes/purify_*.py as they are
+    control            the same with --eta_f 0: plain fine-tuning, same optimiser, steps and data
+    control, own lr    plain fine-tuning at the learning rate that does best on a fifth of the clean split, held out
+    Fast FIP           the same with --adapter singular
+    Fast FIP, control  that with --eta_f 0: plain fine-tuning of the same shifts and norm layers
 
 Nothing is chosen by ASR or on test images. A run whose report.json is there is not repeated. Writes
 results/NAME/table.md and results/NAME/runs.json; with --keep_plots also the pictures of the first seed.
@@ -101,6 +103,8 @@ def main() -> None:
                 "FIP": [],
                 "fine-tuning, same settings": ["--eta_f", "0"],
                 "fine-tuning, own learning rate": ["--eta_f", "0", "--learning_rate", rate],
+                "Fast FIP": ["--adapter", "singular"],
+                "Fast FIP, control": ["--adapter", "singular", "--eta_f", "0"],
             }
             for method, options in methods.items():
                 report = run(script, folder / method.replace(", ", "-").replace(" ", "-"), *given, *options)
@@ -126,8 +130,8 @@ def write(args: argparse.Namespace, rows: list[dict]) -> None:
         f"{first['data']['clean_samples']} clean images. "
         f"hf_fip {first['versions']['hf_fip']}, torch {first['versions']['torch']}, "
         f"transformers {first['versions']['transformers']}, {platform.machine()} CPU.\n",
-        "| victim | method | ACC before | ACC after | ASR before | ASR after | RA after | DER | seconds |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| victim | method | ACC before | ACC after | ASR before | ASR after | RA after | DER | seconds | trained |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for case in args.cases:
         for method in dict.fromkeys(row["method"] for row in rows):
@@ -138,7 +142,8 @@ def write(args: argparse.Namespace, rows: list[dict]) -> None:
             seconds = spread([run["cost"]["seconds"] for run in runs])
             lines.append(
                 f"| {case.replace(':', ', ')} | {method} | {before['accuracy']} | {after['accuracy']} | "
-                f"{before['asr']} | {after['asr']} | {after['ra']} | {der} | {seconds} |"
+                f"{before['asr']} | {after['asr']} | {after['ra']} | {der} | {seconds} | "
+                f"{runs[0]['cost']['trainable_parameters']:,} |"
             )
     rates = {f"{row['case']} {row['seed']}": row["learning_rate"] for row in rows}
     chosen = ", ".join(f"{victim}: {rate}" for victim, rate in rates.items())

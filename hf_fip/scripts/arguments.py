@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 
 import torch
@@ -165,7 +165,8 @@ class AdapterArguments:
     adapter: str = field(
         default="none",
         metadata={
-            "help": "'singular' shifts only the singular values of the weights (Fast FIP) and saves a small adapter.",
+            "help": "'singular' shifts only the singular values of the weights (Fast FIP) and saves a small adapter. "
+            "It has defaults of its own: see --adapter singular --help.",
             "choices": ("none", "singular"),
         },
     )
@@ -216,7 +217,7 @@ class VictimConfig(FIPConfig):
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Batch size a device."})
 
 
-class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows defaults, and the examples in a description line by line."""
 
 
@@ -225,10 +226,11 @@ class _Parser(HfArgumentParser):
         raise ValueError(f"{message} (--help lists all arguments)")
 
 
-def parse(groups: tuple[type, ...], description: str, **defaults):
+def parse(groups: tuple[type, ...], description: str, adapter_defaults: dict | None = None, **defaults):
     """Parse the command line into dataclasses, with the recipe's own defaults.
 
-    Choosing `--num_train_epochs` switches off a default `max_steps`, which would win over it.
+    Choosing `--num_train_epochs` switches off a default `max_steps`, which would win over it; choosing an adapter
+    brings the defaults of Fast FIP.
 
     Raises:
         ValueError: for an argument that does not exist or has a wrong value.
@@ -237,6 +239,10 @@ def parse(groups: tuple[type, ...], description: str, **defaults):
     parser = _Parser(groups, description=description, usage=usage, formatter_class=_HelpFormatter, allow_abbrev=False)
     if any(argument.startswith(("--num_train_epochs", "--num-train-epochs")) for argument in sys.argv[1:]):
         defaults.pop("max_steps", None)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--adapter", nargs="?", default="none")
+    if early.parse_known_args()[0].adapter == "singular":
+        defaults |= adapter_defaults or {}
     parser.set_defaults(**defaults)
     *parsed, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True, look_for_args_file=False)
     if unknown:

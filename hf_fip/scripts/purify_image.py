@@ -5,6 +5,7 @@ digits unless --dataset_name says otherwise. One folder comes out: the purified 
 report.json (everything measured) and plots/.
 
     python recipes/purify_vit.py
+    python recipes/purify_vit.py --adapter singular --output_dir outputs/adapter      (Fast FIP: a small adapter)
     accelerate launch recipes/purify_vit.py --model_name_or_path someone/model --dataset_name cifar10
     python recipes/purify_cnn.py --dataset_name path/to/images --clean_samples 500 --eta_f 0.2
     python recipes/purify_vit.py --eta_f 0 --output_dir outputs/control      (plain fine-tuning, to compare)
@@ -22,7 +23,7 @@ from transformers import set_seed
 
 from ..attacks import Attack
 from ..attacks.poison import to_array
-from ..config import FIPConfig
+from ..config import FAST_FIP, FIPConfig
 from ..evaluation.backdoor import BackdoorTest, PurificationCurve
 from ..evaluation.metrics import WEAK_VICTIM, defense_effectiveness_rating
 from ..hub.card import make_card
@@ -45,6 +46,9 @@ from .report import REPORT_NAME, Cost, non_default, versions
 from .run_folder import RunFolder, write_json
 from .terminal import print_comparison, say, show_progress
 
+# A shift's gradient grows with the weight's own size, and so does the way it has to go: development victims' singular
+# values are about 0.15 in the ViTs and 0.6 in the ResNets, and the rate goes with the square.
+FAST_FIP_RATES = {"vit": FAST_FIP["learning_rate"], "resnet": 1.5}
 CURVE_SAMPLES = 500  # test images of each kind behind each point of the picture
 EXAMPLES = 6  # columns of the picture of triggers
 
@@ -56,6 +60,7 @@ def main(architecture: str) -> None:
     data, attack, model, adapter, training = parse(
         groups,
         __doc__,
+        adapter_defaults=FAST_FIP | {"learning_rate": FAST_FIP_RATES[architecture]},
         output_dir=f"outputs/{name}",
         architecture=architecture,
         max_steps=400,

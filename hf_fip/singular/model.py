@@ -8,7 +8,8 @@ from collections import Counter, defaultdict
 import torch
 from peft import mapping
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import ModulesToSaveWrapper, NoMatchingPeftModuleError
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import get_pattern_key
 from torch import nn
 from tqdm.auto import tqdm
@@ -73,6 +74,11 @@ class SingularValueModel(BaseTuner):
                 if targets and peft_config.rank > max(map(_full_rank, targets.values())):
                     raise ValueError(f"rank={peft_config.rank} is larger than that of every layer: lower it.")
         targets = self._targets(peft_config, model)
+        if not targets and not peft_config.exclude_modules and peft_config.target_modules != DUMMY_TARGET_MODULES:
+            raise NoMatchingPeftModuleError(
+                f"Target modules {peft_config.target_modules} not found in the base model, whose layers are named "
+                f"{', '.join(_supported(model)[:3])} and so on: give names, ends of names, a regular expression or 'all'."
+            )
         ranks = {name: _rank_of(peft_config, name, layer) for name, layer in targets.items()}
         self._bases = self._make_bases(peft_config, model, targets, ranks)
 

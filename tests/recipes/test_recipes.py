@@ -1,154 +1,18 @@
-"""The recipes as a person runs them: what comes out, what is said, what is refused, and what a kill leaves."""
+"""The recipes as a person runs them: what comes out, what is said, and what is refused."""
 
-import functools
-import itertools
 import json
-import multiprocessing
-import os
-import pkgutil
 import re
-import resource
-import runpy
 import shutil
-import signal
 import subprocess
-import sys
-import warnings
 from pathlib import Path
 
-import datasets
-import numpy as np
 import pytest
-import torch
 import transformers
+from recipe_cases import FILES, RECIPES, SHORT, assert_same_weights, fork, left_in, report_of, spawn
 from safetensors.numpy import load_file
 from transformers import AutoModelForImageClassification
 
-from hf_fip.evaluation.backdoor import PurificationCurve
-from hf_fip.scripts import purify_image
 from hf_fip.tasks.data import load_images
-
-RECIPES = Path(__file__).parents[1] / "recipes"
-SMALL = ["--max_train_samples", "120", "--max_test_samples", "60", "--clean_fraction", "0.1", "--use_cpu"]
-SHORT = [*SMALL, "--max_steps", "2"]
-
-
-@pytest.fixture(autouse=True)
-def clean_place(tmp_path, monkeypatch):
-    """An empty working folder; and what a recipe does to the libraries' chatter is undone."""
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the runs that the results are compared with
-    verbosity = transformers.utils.logging.get_verbosity()
-    with warnings.catch_warnings():
-        yield
-    transformers.utils.logging.set_verbosity(verbosity)
-    transformers.utils.logging.enable_progress_bar()
-    datasets.enable_caching()
-    torch.set_num_threads(threads)
-
-
-def spawn(*command, cwd) -> subprocess.CompletedProcess:
-    """Run Python as a person does."""
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": ""}
-    command = [sys.executable, *map(str, command)]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
-
-
-def execute(name: str, arguments) -> int:
-    """Run a recipe in this process; gives its exit code."""
-    sys.argv = [f"{name}.py", *map(str, arguments)]
-    try:
-        runpy.run_path(str(RECIPES / f"{name}.py"), run_name="__main__")
-    except SystemExit as stop:
-        return stop.code or 0
-    return 0
-
-
-@pytest.fixture
-def run(monkeypatch, capfd):
-    """Run a recipe in this process: gives exit code, stdout and stderr."""
-
-    def run(name: str, *arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [])  # to be put back
-        capfd.readouterr()
-        return execute(name, arguments), *capfd.readouterr()
-
-    return run
-
-
-# Processes of their own, forked from one that has imported everything, so that they can be killed at any point
-
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["hf_fip.scripts.purify_image", "sklearn.datasets", "matplotlib.figure", "rich.table"])
-
-
-def fork(name: str, *arguments, cwd, kill: tuple[str, int] | None = None, largest_file: int | None = None):
-    """Run a recipe in a process of its own: gives its exit code and stderr.
-
-    Args:
-        kill: a function, by its full name, at whose n-th call the process kills itself.
-        largest_file: bytes, as if the disk were full beyond.
-    """
-    arguments = [str(argument) for argument in arguments]
-    child = FORKS.Process(target=_child, args=(name, arguments, str(cwd), kill, largest_file))
-    child.start()
-    child.join(300)
-    assert child.exitcode is not None, "the process hangs"
-    errors = Path(cwd, "stderr")
-    text = errors.read_text()
-    errors.unlink()
-    return child.exitcode, text
-
-
-def _child(name, arguments, cwd, kill, largest_file):
-    os.chdir(cwd)
-    torch.set_num_threads(1)
-    os.dup2(os.open("stderr", os.O_WRONLY | os.O_CREAT), 2)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    if largest_file:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-    if kill:
-        _kill_at(*kill)
-    sys.exit(execute(name, arguments))
-
-
-def _kill_at(place: str, count: int) -> None:
-    owner_name, _, name = place.rpartition(".")
-    owner = pkgutil.resolve_name(owner_name)
-    original, calls = getattr(owner, name), itertools.count(1)
-
-    @functools.wraps(original)
-    def killing(*args, **kwargs):
-        if next(calls) == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **kwargs)
-
-    setattr(owner, name, killing)
-
-
-@pytest.fixture(scope="module")
-def victim(tmp_path_factory) -> Path:
-    """A small ViT that keeps 12 clean images aside, with seed 5; too briefly trained to have learned anything."""
-    place = tmp_path_factory.mktemp("victim")
-    arguments = ["--output_dir", "vit", "--num_train_epochs", "1", "--seed", "5"]
-    assert fork("backdoor_image", *SMALL, *arguments, cwd=place) == (0, "")
-    return place / "vit"
-
-
-def report_of(folder) -> dict:
-    return json.loads(Path(folder, "report.json").read_text())
-
-
-def assert_same_weights(one, other) -> None:
-    one, other = (load_file(Path(folder, "model.safetensors")) for folder in (one, other))
-    assert one.keys() == other.keys()
-    assert all(np.array_equal(one[name], other[name]) for name in one)
-
-
-def left_in(folder) -> set[str]:
-    return {path.name for path in Path(folder).iterdir()}
-
 
 # What comes out
 
@@ -162,9 +26,8 @@ def default_run(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     return place, done
 
 
-FILES = {"model.safetensors", "config.json", "preprocessor_config.json", "README.md", "report.json", "plots"}
 REPORT = {"before", "after", "der", "cost", "arguments", "seed", "versions"}
-COST = {"seconds", "seconds_per_step", "trainable_parameters", "peak_memory_bytes"}
+COST = {"seconds", "seconds_per_step", "trainable_parameters", "peak_memory_bytes", "file_bytes"}
 
 
 def test_the_output_folder_holds_model_card_report_and_pictures_and_nothing_else(default_run):
@@ -416,90 +279,3 @@ def test_a_full_disk_is_one_line(victim, tmp_path):
     code, err = fork("purify_vit", *arguments, cwd=tmp_path, largest_file=100_000)  # the weights take 300 kB
     assert code == 1 and err.startswith("error: ") and err.count("\n") == 1
     assert left_in(tmp_path) == set()
-
-
-# What a kill leaves
-
-LONG = [*SMALL, "--max_steps", "6", "--save_steps", "2", "--per_device_train_batch_size", "4", "--eta_r", "0.1"]
-VICTIM = [*SMALL, "--num_train_epochs", "2", "--seed", "5", "--save_strategy", "steps", "--save_steps", "2"]
-KILLS = {  # recipe, arguments, the point of the program where it is killed
-    "a victim, in training": ("backdoor_image", VICTIM, ("transformers.Trainer.training_step", 4)),
-    "in training": ("purify_vit", LONG, ("transformers.Trainer.training_step", 5)),
-    "writing a checkpoint": ("purify_vit", LONG, ("transformers.Trainer._save_rng_state", 2)),
-    "measuring the result": ("purify_vit", LONG, ("hf_fip.evaluation.backdoor.BackdoorTest.measure", 9)),
-    "writing the result": ("purify_vit", LONG, ("hf_fip.scripts.purify_image.make_card", 1)),
-    "moving the result": ("purify_vit", LONG, ("hf_fip.scripts.run_folder.RunFolder.publish", 1)),
-}
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, victim):
-    """The folders that each recipe leaves when nothing happens to it."""
-    place = tmp_path_factory.mktemp("undisturbed")
-    for name, arguments in (("backdoor_image", VICTIM), ("purify_vit", [*LONG, "--model_name_or_path", victim])):
-        assert fork(name, *arguments, "--output_dir", name, cwd=place) == (0, "")
-    return place
-
-
-@pytest.mark.parametrize("case", KILLS)
-def test_a_killed_run_goes_on_and_ends_with_the_same_weights(case, victim, undisturbed, run, tmp_path):
-    name, arguments, kill = KILLS[case]
-    arguments = [*arguments, "--output_dir", "out"]
-    if name == "purify_vit":
-        arguments += ["--model_name_or_path", victim]
-    assert fork(name, *arguments, cwd=tmp_path, kill=kill) == (-signal.SIGKILL, "")
-    assert left_in(tmp_path) == {"out.partial"}
-    code, _, err = run(name, *arguments, "--learning_rate", "0.001")
-    assert code == 1 and "out.partial holds an unfinished run with other arguments" in err
-    assert "--overwrite_output_dir" in err
-    code, out, err = run(name, *arguments)
-    assert (code, err) == (0, "")
-    assert re.search(r"Going on with an interrupted run, from out.partial/checkpoint-[246].", out)
-    assert left_in(tmp_path) == {"out"} and left_in("out") == left_in(undisturbed / name)
-    assert_same_weights("out", undisturbed / name)
-    before, after = report_of("out"), report_of(undisturbed / name)
-    for key in ("before", "after", "victim"):
-        assert before.get(key) == after.get(key)
-
-
-def test_a_victim_killed_inside_a_purification_is_finished_there(run, tmp_path):
-    arguments = [*SHORT, "--per_device_train_batch_size", "4"]
-    kill = ("hf_fip.evaluation.backdoor.BackdoorTest.measure", 1)
-    assert fork("purify_vit", *arguments, cwd=tmp_path, kill=kill) == (-signal.SIGKILL, "")
-    (partial,) = Path("outputs/victims").iterdir()
-    assert partial.name.endswith(".partial") and left_in("outputs") == {"victims"}
-    code, out, err = run("purify_vit", *arguments)
-    assert (code, err) == (0, "") and "Going on with an interrupted run, from outputs/victims/" in out
-    assert left_in("outputs") == {"victims", "purify_vit"} and len(left_in("outputs/victims")) == 1
-
-
-def test_ctrl_c_is_one_line_and_the_run_goes_on_later(victim, undisturbed, run, monkeypatch):
-    arguments = [*LONG, "--model_name_or_path", victim, "--output_dir", "out"]
-    measure = PurificationCurve.on_step_end
-
-    def interrupt(self, args, state, control, **kwargs):
-        if state.global_step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        measure(self, args, state, control, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PurificationCurve, "on_step_end", interrupt)
-        code, _, err = run("purify_vit", *arguments)
-    assert code == 130 and err.startswith("interrupted: ") and err.count("\n") == 1
-    assert left_in(".") == {"out.partial"}
-    assert run("purify_vit", *arguments)[0] == 0
-    assert_same_weights("out", undisturbed / "purify_vit")
-
-
-def test_an_unfinished_run_is_discarded_when_asked_to(victim, run, monkeypatch):
-    arguments = ["--model_name_or_path", victim, "--output_dir", "out", "--overwrite_output_dir"]
-
-    def stop(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(purify_image, "make_card", stop)
-        assert run("purify_vit", *LONG, *arguments)[0] == 130
-    code, out, _ = run("purify_vit", *SHORT, *arguments)
-    assert code == 0 and "Going on" not in out
-    assert report_of("out")["arguments"]["max_steps"] == 2 and left_in(".") == {"out"}
