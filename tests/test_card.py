@@ -22,7 +22,9 @@ def report_of(**changes) -> dict:
             "seconds_per_step": 0.0413,
             "trainable_parameters": 77530,
             "peak_memory_bytes": 512 * 2**20,
+            "file_bytes": 310234,
         },
+        "adapter_switched_off": None,
         "model": "someone/model",
         "model_is_from_hub": True,
         "attack": "badnets",
@@ -118,3 +120,20 @@ def test_the_code_in_the_card_runs(tmp_path):
     code = re.search(r"```python\n(.*?)```", str(card_of()), re.S)[1].replace("path/to/this/folder", str(tmp_path))
     code += "\nassert type(model).__name__ == 'ViTForImageClassification' and processor.size['height'] == 8"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=120)
+
+
+def test_an_adapters_card_says_how_to_switch_it_off():
+    off = {"accuracy": 96.125, "asr": 98.25, "ra": 0.0}
+    card = card_of(adapter_switched_off=off)
+    assert yaml.safe_load(str(card).split("---")[1])["library_name"] == "peft"
+    text = str(card)
+    assert "backdoor and all (ASR 98.2 %)" in text and "310,234 bytes saved" in text
+    assert 'from_pretrained("someone/model")' in text and "disable_adapter" in text and "merge_and_unload" in text
+    assert "disable_adapter" not in str(card_of())
+
+
+@pytest.mark.parametrize("name", ['x");import os#', "../up", "a\nb"])
+def test_only_a_hub_id_goes_into_an_adapters_code(name):
+    text = str(card_of(adapter_switched_off={"asr": None}, model=name))
+    code = text[text.index("```python") : text.index("## How it was made")]
+    assert 'from_pretrained("path/to/the/received/model")' in code and "import os" not in code

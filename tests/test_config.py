@@ -5,6 +5,7 @@ import pytest
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
 
 from hf_fip import FIPConfig, FIPSeq2SeqConfig
+from hf_fip.config import FAST_FIP
 
 FIP_FIELDS = {
     "eta_f": 0.2,
@@ -125,3 +126,12 @@ def test_importing_the_package_is_lazy():
 )
 def test_the_finite_difference_step_is_longer_in_half_precision(tmp_path, given, expected):
     assert FIPConfig(str(tmp_path), use_cpu=True, **given).trace_epsilon == expected
+
+
+@CONFIGS
+def test_fast_fip_has_defaults_of_its_own_that_give_way(config_class, tmp_path):
+    config = config_class.fast_fip(str(tmp_path), eta_f=0.5)
+    assert isinstance(config, config_class)
+    assert config.eta_f == 0.5
+    for name in FAST_FIP.keys() - {"eta_f"}:
+        assert getattr(config, name) == FAST_FIP[name] != getattr(config_class(str(tmp_path)), name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 _SAID_ABOVE = ("model_name_or_path", "dataset_name", "seed")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _NAMES = {"accuracy": "ACC, clean accuracy", "asr": "ASR, attack success rate", "ra": "RA, robust accuracy"}
 
 
@@ -29,6 +31,7 @@ def make_card(report: dict[str, Any], plots: list[str], load_class: str) -> Mode
     ]
     if report["der"] is not None:
         rows.append(f"| DER (50 is no effect) | | {_percent(report['der'])} |")
+    is_hub_id = report["model_is_from_hub"] and _HUB_ID.fullmatch(report["model"])  # it goes into code
     data = ModelCardData(
         library_name="transformers" if report["adapter_switched_off"] is None else "peft",
         pipeline_tag="image-classification",
@@ -52,7 +55,7 @@ def make_card(report: dict[str, Any], plots: list[str], load_class: str) -> Mode
         load_class=load_class,
         is_adapter=report["adapter_switched_off"] is not None,
         switched_off=_percent((report["adapter_switched_off"] or {}).get("asr")),
-        base=_escape(report["model"]) if report["model_is_from_hub"] else "path/to/the/received/model",
+        base=report["model"] if is_hub_id else "path/to/the/received/model",
     )
 
 
