@@ -25,7 +25,7 @@ from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader, Subset
-from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
+from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .anchor import Anchor
@@ -40,6 +40,15 @@ from .fisher.trace import TraceEstimator
 from .hub.load import load_model
 
 _FLAT = 1e-18  # a Tr F below it is rounding
+
+
+class _LiftShifts(TrainerCallback):
+    """Keeps the singular values of an adapter (`SingularValueConfig.floor`) from falling to zero."""
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        for module in model.modules():
+            if hasattr(module, "singular_delta"):
+                module.lift()
 
 
 class FIPMixin:
@@ -86,6 +95,7 @@ class FIPMixin:
         if train_dataset is not None:
             check_dataset(train_dataset, args)
         super().__init__(model, args, data_collator, train_dataset, *positional, **kwargs)
+        self.add_callback(_LiftShifts())
 
     # ---- One update ----
 
@@ -158,6 +168,13 @@ class FIPMixin:
                 f"{type(self).__name__}.compute_loss was overridden without calling super().compute_loss, so Tr F saw "
                 "no batch: call it, or pass compute_loss_func instead."
             )
+        if self.args.max_task_loss is not None:
+            loss = torch.tensor(float(self._task_loss), device=self.args.device)
+            sum_over_processes(loss)
+            too_high = loss.item() / self.args.world_size > self.args.max_task_loss
+            self._metrics["trace_left_out"].append(float(too_high))
+            if too_high:
+                return 0.0
         value, gradient = self._trace.estimate()
         trace = value.item()
         if not (math.isfinite(trace) and torch.isfinite(get_total_norm(gradient))):
@@ -316,7 +333,10 @@ class FIPMixin:
     # ---- Logging ----
 
     def log(self, logs: dict[str, float], *positional, **kwargs) -> None:
-        """Beside `loss`, the means since the last log of `task_loss`, `fisher_trace` and `drift` (the η_r term)."""
+        """Beside `loss`, the means since the last log of `task_loss`, `fisher_trace` and `drift` (the η_r term).
+
+        With `max_task_loss` also `trace_left_out`, the share of updates above it.
+        """
         if "loss" in logs and self._metrics:
             means = torch.tensor(
                 [float(np.mean(values)) for values in self._metrics.values()], device=self.args.device

@@ -113,3 +113,26 @@ def test_the_log_of_a_constant_models_trace_is_left_alone(tmp_path):
     trainer = image_trainer(tmp_path, model, eta_f=2.0, learning_rate=1e-8)
     trainer.train()
     assert logged(trainer, "fisher_trace") == [0.0] * 3
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.1])
+def test_no_singular_value_falls_below_its_floor(floor, tmp_path):
+    adapter = SingularValueConfig(floor=floor, scale=2.0)
+    options = {"eta_f": 0.0, "learning_rate": 30.0, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+    trainer = image_trainer(tmp_path, vit(), peft_config=adapter, **options)
+    trainer.train()
+    below = 0
+    for layer in layers_of(trainer.model).values():
+        sigma, delta = layer.basis["default"].sigma, layer.singular_delta["default"]
+        below += (sigma + 2.0 * delta < floor * sigma - 1e-5).sum().item()
+    assert (below > 0) == (floor == 0.0)
+
+
+def test_an_update_of_too_high_a_task_loss_goes_without_the_trace(tmp_path):
+    same = {"eta_f": 0.5, "learning_rate": 0.1}
+    free, never, always = (image_trainer(tmp_path, vit(), max_task_loss=limit, **same) for limit in (None, 1e-6, 1e6))
+    plain = image_trainer(tmp_path, vit(), **{**same, "eta_f": 0.0})
+    expected = trained(free)
+    assert identical(trained(always), expected) and logged(always, "trace_left_out") == [0.0] * 3
+    assert identical(trained(never), trained(plain)) and logged(never, "trace_left_out") == [1.0] * 3
+    assert logged(never, "fisher_trace") == [] and logged(free, "trace_left_out") == []

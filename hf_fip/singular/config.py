@@ -35,6 +35,9 @@ class SingularValueConfig(PeftConfig):
             layer that has fewer shifts all of its own.
         scale (`float`, *optional*, defaults to 1.0):
             Factor of δ; with SGD a step of the shift grows with its square.
+        floor (`float`, *optional*, defaults to 0.1):
+            The share of σ below which `FIPTrainer` lets no singular value fall. At zero it would have no gradient,
+            by the ReLU, and stay there, which makes training brittle. 0 turns this off, as in the paper.
         train_norms (`bool`, *optional*, defaults to `False`):
             Train the norm layers' weights and biases too, and save them with the adapter (with the running statistics
             of BatchNorm, which otherwise stand still).
@@ -62,6 +65,9 @@ class SingularValueConfig(PeftConfig):
     )
     rank: int | None = field(default=None, metadata={"help": "Shift so many of the largest singular values; all."})
     scale: float = field(default=1.0, metadata={"help": "Factor of the shift."})
+    floor: float = field(
+        default=0.1, metadata={"help": "Share of each singular value that training leaves, so that it can come back."}
+    )
     train_norms: bool = field(default=False, metadata={"help": "Train the norm layers too."})
     rank_pattern: dict[str, int] = field(
         default_factory=dict, metadata={"help": "Names or regular expressions of layers, and the rank they get."}
@@ -91,3 +97,5 @@ class SingularValueConfig(PeftConfig):
                 raise ValueError(f"{where}={rank!r}: a rank is a whole number of at least 1.")
         if not 0 < self.scale < float("inf"):
             raise ValueError(f"scale={self.scale} has to be positive, and finite.")
+        if not 0 <= self.floor < 1:
+            raise ValueError(f"floor={self.floor} has to be at least 0 and below 1.")

@@ -78,10 +78,11 @@ class SingularValueLayer(nn.Module, BaseTunerLayer):
         singular_delta: δ of each adapter, `(r,)`.
         basis: U, σ, Vᵀ of each adapter.
         scale: factor of δ of each adapter.
+        floor: share of σ that `lift` leaves each adapter.
     """
 
     adapter_layer_names = ("singular_delta",)
-    other_param_names = ("basis", "scale")
+    other_param_names = ("basis", "scale", "floor")
     sizes = ("in_features", "out_features")  # what the layer calls them
     by_activations = True  # whether this kind of layer knows that way
 
@@ -91,6 +92,7 @@ class SingularValueLayer(nn.Module, BaseTunerLayer):
         self.singular_delta = nn.ParameterDict({})
         self.basis = nn.ModuleDict({})
         self.scale: dict[str, float] = {}
+        self.floor: dict[str, float] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._received: Tensor | None = None  # the weight, while another is merged into its place
@@ -143,6 +145,7 @@ class SingularValueLayer(nn.Module, BaseTunerLayer):
             delta = 0.1 * basis.sigma.detach().mean() * torch.randn_like(basis.sigma)
         self.basis[adapter_name] = basis
         self.scale[adapter_name] = config.scale
+        self.floor[adapter_name] = config.floor
         # In the weight's type, as PEFT expects it: it makes float32 of it unless `autocast_adapter_dtype=False`.
         self.singular_delta[adapter_name] = nn.Parameter(delta.to(self.weights_of(self.get_base_layer())[0].dtype))
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -168,6 +171,14 @@ class SingularValueLayer(nn.Module, BaseTunerLayer):
         """d = ReLU(σ + scale · δ) − σ, `(…, r)`."""
         sigma = self.basis[adapter_name].sigma
         return F.relu(sigma + self.scale[adapter_name] * self.singular_delta[adapter_name]) - sigma
+
+    @torch.no_grad()
+    def lift(self) -> None:
+        """Take shifts that went below the floor back to it, after a training step: σ + scale · δ ≥ floor · σ."""
+        for name, delta in self.singular_delta.items():
+            if delta.requires_grad and self.floor[name] > 0:
+                lowest = (self.floor[name] - 1) * self.basis[name].sigma / self.scale[name]
+                torch.maximum(delta, lowest.to(delta.dtype), out=delta)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """W' − W, in the shape of the matrix."""
