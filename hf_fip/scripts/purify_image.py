@@ -46,8 +46,8 @@ from .report import REPORT_NAME, Cost, non_default, versions
 from .run_folder import RunFolder, write_json
 from .terminal import print_comparison, say, show_progress
 
-# The gradient of a shift, and the way the shift has to go, both grow with the weight: the singular values of development
-# victims are about 0.15 in the ViTs and 0.6 in the ResNets.
+# The gradient of a shift, and the way the shift has to go, both grow with the weight: the singular values of the
+# development victims are about 0.15 in the ViTs and 0.6 in the ResNets.
 FAST_FIP_RATES = {"vit": FAST_FIP["learning_rate"], "resnet": 1.5}
 CURVE_SAMPLES = 500  # test images of each kind behind each point of the picture
 EXAMPLES = 6  # columns of the picture of triggers
