@@ -237,12 +237,12 @@ def parse(groups: tuple[type, ...], description: str, adapter_defaults: dict | N
     """
     usage = "%(prog)s [--argument value ...]"
     parser = _Parser(groups, description=description, usage=usage, formatter_class=_HelpFormatter, allow_abbrev=False)
-    if any(argument.startswith(("--num_train_epochs", "--num-train-epochs")) for argument in sys.argv[1:]):
-        defaults.pop("max_steps", None)
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--adapter", nargs="?", default="none")
     if early.parse_known_args()[0].adapter == "singular":
         defaults |= adapter_defaults or {}
+    if any(argument.startswith(("--num_train_epochs", "--num-train-epochs")) for argument in sys.argv[1:]):
+        defaults.pop("max_steps", None)
     parser.set_defaults(**defaults)
     *parsed, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True, look_for_args_file=False)
     if unknown:

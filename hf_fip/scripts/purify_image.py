@@ -60,7 +60,7 @@ def main(architecture: str) -> None:
     data, attack, model, adapter, training = parse(
         groups,
         __doc__,
-        adapter_defaults=FAST_FIP | {"learning_rate": FAST_FIP_RATES[architecture]},
+        adapter_defaults=FAST_FIP | {"learning_rate": FAST_FIP_RATES[architecture], "max_steps": 1000},
         output_dir=f"outputs/{name}",
         architecture=architecture,
         max_steps=400,
