@@ -52,6 +52,10 @@ class Naive(nn.Module):
         self.base, basis = layer.base_layer, layer.basis["default"]
         self.u, self.sigma, self.vt, self.delta = basis.u, basis.sigma, basis.vt, layer.singular_delta["default"]
 
+    @property
+    def weight(self):  # transformers asks for its type
+        return self.base.weight
+
     def forward(self, x):
         weight = (self.u @ torch.diag(F.relu(self.sigma + self.delta)) @ self.vt).view(self.base.weight.shape)
         if isinstance(self.base, nn.Conv2d):

@@ -19,7 +19,7 @@ from .decomposition import decompose
 from .kinds import has_derived_weight, layer_class_of, why_not
 from .layer import Basis, SingularValueLayer
 
-_BATCH_NUMBERS = 2**24  # of the weights that are decomposed in one call
+_BATCH_NUMBERS = 2**21  # of the weights that are decomposed in one call, in float64 and with as much again beside
 _SLOW_NUMBERS = 2**22  # weights beyond it are worth a progress bar
 _OTHER_WEIGHTS = {torch.float16: 3e-2, torch.bfloat16: 3e-2}  # how far σ may be off, of the largest
 RUNNING_NORMS = (nn.modules.batchnorm._NormBase,)  # BatchNorm and InstanceNorm
