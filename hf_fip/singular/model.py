@@ -77,8 +77,8 @@ class SingularValueModel(BaseTuner):
         if not targets and not peft_config.exclude_modules and peft_config.target_modules != DUMMY_TARGET_MODULES:
             known = ", ".join(_supported(model)[:3]) or "none that can be adapted"
             raise NoMatchingPeftModuleError(
-                f"Target modules {peft_config.target_modules} not found in the base model (its layers: {known}, …): set "
-                "target_modules to 'all', names, ends of names, or a regular expression."
+                f"Target modules {peft_config.target_modules} not found in the base model (its layers: {known}, …): "
+                "set target_modules to 'all', names, ends of names, or a regular expression."
             )
         ranks = {name: _rank_of(peft_config, name, layer) for name, layer in targets.items()}
         self._bases = self._make_bases(peft_config, model, targets, ranks)
