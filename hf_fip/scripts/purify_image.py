@@ -142,8 +142,7 @@ def purify(
                 "der": None if attack is None else defense_effectiveness_rating(before, after),
                 "validation_accuracy": validation and validation["accuracy"],
                 "adapter_switched_off": switched_off,
-                "cost": cost.report
-                | {"file_bytes": sum(f.stat().st_size for f in folder.result.glob("*.safetensors"))},
+                "cost": cost.report | {"file_bytes": _weight_bytes(folder.result)},
                 "model": place,
                 "model_is_from_hub": bool(given) and not Path(given).exists(),
                 "attack": attack and attack.name,

@@ -72,13 +72,9 @@ class Embedding(_Matrix, SingularValueLayer):
         scaled = hasattr(base_layer, "embed_scale") and not _has_hooks(base_layer)
         return (_is_plain(base_layer, nn.Embedding) or scaled) and not base_layer.scale_grad_by_freq
 
-    def _is_cheaper_by_activations(self, x, names):
+    def _has_fewer_multiplications(self, x, names, learning):
         # A row is looked up, not multiplied: only x V and its expansion count, and making W' costs all rows.
-        base_layer = self.get_base_layer()
-        learning = torch.is_grad_enabled() and any(self.singular_delta[name].requires_grad for name in names)
-        if not self.is_standard(base_layer) or (not learning and self._made_of(names)):
-            return False
-        return x.numel() < base_layer.num_embeddings
+        return x.numel() < self.get_base_layer().num_embeddings
 
     def _is_factored(self, names):
         return super()._is_factored(names) and not hasattr(self.get_base_layer(), "embed_scale")
@@ -92,8 +88,7 @@ class Embedding(_Matrix, SingularValueLayer):
     def _by_activations(self, x, names):
         if self._is_factored(names):
             basis = self.basis[names[0]]
-            values = F.relu(basis.sigma + self.scale[names[0]] * self.singular_delta[names[0]])
-            return self._look_up(x, basis.u, values) @ basis.vt
+            return self._look_up(x, basis.u, self.singular_values(names[0])) @ basis.vt
         y = self.base_layer(x)
         factor = self._get_embed_scale()
         for name in names:

@@ -169,8 +169,12 @@ class SingularValueLayer(nn.Module, BaseTunerLayer):
 
     def shift(self, adapter_name: str) -> Tensor:
         """d = ReLU(σ + scale · δ) − σ, `(…, r)`."""
+        return self.singular_values(adapter_name) - self.basis[adapter_name].sigma
+
+    def singular_values(self, adapter_name: str) -> Tensor:
+        """Those of W': ReLU(σ + scale · δ), `(…, r)`."""
         sigma = self.basis[adapter_name].sigma
-        return F.relu(sigma + self.scale[adapter_name] * self.singular_delta[adapter_name]) - sigma
+        return F.relu(sigma + self.scale[adapter_name] * self.singular_delta[adapter_name])
 
     @torch.no_grad()
     def lift(self) -> None:
@@ -251,7 +255,11 @@ class SingularValueLayer(nn.Module, BaseTunerLayer):
         learning = torch.is_grad_enabled() and any(self.singular_delta[name].requires_grad for name in names)
         if not learning and self._made_of(names):
             return False
-        m, n = self.matrix_of(base_layer).shape[-2:]
+        return self._has_fewer_multiplications(x, names, learning)
+
+    def _has_fewer_multiplications(self, x: Tensor, names: list[str], learning: bool) -> bool:
+        """Whether the way by the activations has, when W' has to be made for the other."""
+        m, n = self.matrix_of(self.get_base_layer()).shape[-2:]
         rank = sum(self.basis[name].rank for name in names)
         return cheaper_by_activations(self.rows(x), m, n, rank, self._is_factored(names), learning)
 
@@ -266,7 +274,7 @@ class SingularValueLayer(nn.Module, BaseTunerLayer):
         base_layer = self.get_base_layer()
         if self._is_factored(names):
             basis = self.basis[names[0]]
-            values = F.relu(basis.sigma + self.scale[names[0]] * self.singular_delta[names[0]])
+            values = self.singular_values(names[0])
             return self.expand(self.project(x, basis.vt), values, basis.u, getattr(base_layer, "bias", None))
         y = self.base_layer(x)
         for name in names:

@@ -63,16 +63,9 @@ class SingularValueModel(BaseTuner):
         if peft_config.train_norms:
             norms = [name for name, module in _own_modules(model) if is_norm(module)]
             peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or ()), *norms})
-        if peft_config.target_modules == ALL:
+        means_all = peft_config.target_modules == ALL
+        if means_all:
             peft_config.target_modules = _exactly(_supported(model), model)
-            targets = self._targets(peft_config, model)
-            if peft_config.rank is not None:  # a layer that has fewer shifts all of its own
-                for name, layer in targets.items():
-                    own = _full_rank(layer)
-                    if own < peft_config.rank and _rank_pattern_of(peft_config, name) is None:
-                        peft_config.rank_pattern = {**peft_config.rank_pattern, "^" + re.escape(name): own}
-                if targets and peft_config.rank > max(map(_full_rank, targets.values())):
-                    raise ValueError(f"rank={peft_config.rank} is larger than that of every layer: lower it.")
         targets = self._targets(peft_config, model)
         if not targets and not peft_config.exclude_modules and peft_config.target_modules != DUMMY_TARGET_MODULES:
             known = ", ".join(_supported(model)[:3]) or "none that can be adapted"
@@ -80,6 +73,8 @@ class SingularValueModel(BaseTuner):
                 f"Target modules {peft_config.target_modules} not found in the base model (its layers: {known}, …): "
                 "set target_modules to 'all', names, ends of names, or a regular expression."
             )
+        if means_all and targets and peft_config.rank is not None:
+            _give_small_layers_their_own_rank(peft_config, targets)
         ranks = {name: _rank_of(peft_config, name, layer) for name, layer in targets.items()}
         self._bases = self._make_bases(peft_config, model, targets, ranks)
 
@@ -282,6 +277,17 @@ def _rank_of(peft_config: SingularValueConfig, name: str, layer: nn.Module) -> i
             f"layer its own by rank_pattern={{{name!r}: {own}}}."
         )
     return own if rank is None else rank
+
+
+def _give_small_layers_their_own_rank(peft_config: SingularValueConfig, targets: dict[str, nn.Module]) -> None:
+    """Under `"all"` a layer that has fewer singular values than `rank` shifts all of its own."""
+    own = {name: _full_rank(layer) for name, layer in targets.items()}
+    if peft_config.rank > max(own.values()):
+        raise ValueError(f"rank={peft_config.rank} is larger than that of every layer: lower it.")
+    small = {name: rank for name, rank in own.items() if rank < peft_config.rank}
+    unnamed = {name: rank for name, rank in small.items() if _rank_pattern_of(peft_config, name) is None}
+    new = {"^" + re.escape(name): rank for name, rank in unnamed.items()}
+    peft_config.rank_pattern = {**peft_config.rank_pattern, **new}
 
 
 def _rank_pattern_of(peft_config: SingularValueConfig, name: str) -> str | None:
