@@ -29,7 +29,8 @@ from hf_fip.attacks.pixels import fitted
 from hf_fip.attacks.poison import to_array
 from hf_fip.evaluation import over_seeds
 from hf_fip.plots import plot_attacks
-from hf_fip.scripts.images import channels_of, recorded_split
+from hf_fip.scripts.images import channels_of
+from hf_fip.scripts.recorded import recorded_split
 from hf_fip.tasks.data import DIGITS, load_images
 from hf_fip.tasks.image_classification import PixelDataset, load_image_classifier, match_labels
 

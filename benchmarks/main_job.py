@@ -1,6 +1,8 @@
 """Purify victims with the recipes' defaults, beside two plain fine-tuning controls, over several seeds.
 
     python benchmarks/main_job.py --name digits
+    python benchmarks/main_job.py --name point_cloud --dataset_name path/to/psb_pointcloud --cases \\
+        pointnet:pointba_i pointnet:pcba --data_options "--num_points 256" --attack_options pcba:source_label=2
     python benchmarks/main_job.py --name cifar10_resnet --dataset_name path/to/cifar10 --max_train_samples 10000 \\
         --max_test_samples 2000 --clean_samples 1000 --augment --victim_epochs 15 --cases resnet:blend
 
@@ -31,7 +33,13 @@ from hf_fip.evaluation import over_seeds
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 RESULTS = Path(__file__).resolve().parent.parent / "results"
-PURIFY = {"vit": "purify_vit.py", "resnet": "purify_cnn.py"}
+PURIFY = {
+    "vit": "purify_vit.py",
+    "resnet": "purify_cnn.py",
+    "pointnet": "purify_pointcloud.py",
+    "pointnet2": "purify_pointcloud.py",
+}
+BACKDOOR = {"pointnet": "backdoor_pointcloud.py", "pointnet2": "backdoor_pointcloud.py"}  # else of images
 LEARNING_RATES = ("0.01", "0.05", "0.2")  # the default and a factor of four or five to either side
 
 
@@ -67,6 +75,8 @@ def main() -> None:
     parser.add_argument("--max_train_samples")
     parser.add_argument("--max_test_samples")
     parser.add_argument("--clean_samples")
+    parser.add_argument("--data_options", default="", help="more arguments of all recipes, as one string")
+    parser.add_argument("--attack_options", nargs="*", default=[], help="attack:options, for --attack_options")
     parser.add_argument("--augment", action="store_true", help="augment while training the victim")
     parser.add_argument("--victim_epochs")
     parser.add_argument("--max_steps", help="of purification and controls; the recipe's own by default")
@@ -76,7 +86,7 @@ def main() -> None:
     parser.add_argument("--keep_plots", action="store_true")
     args = parser.parse_args()
 
-    data = ["--dataset_name", args.dataset_name]
+    data = ["--dataset_name", args.dataset_name, *shlex.split(args.data_options)]
     for name in ("max_train_samples", "max_test_samples"):
         if getattr(args, name):
             data += [f"--{name}", getattr(args, name)]
@@ -85,6 +95,10 @@ def main() -> None:
     victim_options = [*data, *clean, *(["--augment"] if args.augment else [])]
     victim_options += ["--num_train_epochs", args.victim_epochs] if args.victim_epochs else []
 
+    of_attack = {
+        name: ["--attack_options", options]
+        for name, _, options in (given.partition(":") for given in args.attack_options)
+    }
     rows = []
     for case in args.cases:
         architecture, attack = case.split(":")
@@ -93,9 +107,10 @@ def main() -> None:
             folder = args.work / args.name / f"{architecture}-{attack}-{seed}"
             victim = folder / "victim"
             made = run(
-                "backdoor_image.py",
+                BACKDOOR.get(architecture, "backdoor_image.py"),
                 victim,
                 *("--architecture", architecture, "--attack", attack, "--seed", seed, *victim_options),
+                *of_attack.get(attack, []),
             )
             given = ["--model_name_or_path", str(victim), *data, *steps, "--seed", seed]
             rate = best_learning_rate(script, folder, victim, data, made["clean_split"], [*steps, "--seed", seed])
@@ -125,9 +140,8 @@ def write(args: argparse.Namespace, rows: list[dict]) -> None:
         f"# {args.name}: FIP beside plain fine-tuning\n",
         f"`{command}`\n",
         f"Percent, mean ± standard deviation over seeds {', '.join(args.seeds)}; "
-        f"ACC on {first['data']['test_samples']} test images, "
-        "ASR and RA on those of them whose true class is not the target. "
-        f"{first['data']['clean_samples']} clean images. "
+        f"ACC on {first['data']['test_samples']} test samples, ASR and RA on those of them that the attack is for (as "
+        f"a rule, whose true class is not the target). {first['data']['clean_samples']} clean samples. "
         f"hf_fip {first['versions']['hf_fip']}, torch {first['versions']['torch']}, "
         f"transformers {first['versions']['transformers']}, {platform.machine()} CPU.\n",
         "| victim | method | ACC before | ACC after | ASR before | ASR after | RA after | DER | seconds | trained |",

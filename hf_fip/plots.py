@@ -1,46 +1,29 @@
-"""Every picture that hf_fip writes.
-
-matplotlib is imported when something is drawn, never through pyplot, and with its default style whatever the caller
-has set: the same data give the same picture in a script, a notebook and a Trainer callback. A picture appears under
-its name only when it is complete.
-"""
+"""The pictures of attacks, purifications and audits. Those of the curvature are in `curvature/plots.py`."""
 
 import math
 import os
-from bisect import bisect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .drawing import LIGHT, curve, figure, fit, log_axis
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito, "Color Universal Design" (2008): told apart with every common colour vision.
-BLUE, VERMILLION, GREEN = "#0072B2", "#D55E00", "#007A59"  # the green is darkened, for small text on white
-GREY = "#595959"
+BLUE, VERMILLION, GREEN, GREY = LIGHT.blue, LIGHT.vermillion, LIGHT.green, LIGHT.grey
 
-DPI = 150
 MAX_EXAMPLES = 8
 MAX_CLASSES = 10
 COLUMNS = 7  # of a contact sheet
-STYLE = {
-    "text.parse_math": False,  # class names and titles come from strangers: a $ or _ is a character
-    "font.size": 9.0,
-    "figure.constrained_layout.h_pad": 0.1,
-    "figure.constrained_layout.w_pad": 0.1,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": "#DDDDDD",
-    "grid.linewidth": 0.6,
-}
 
 
-def plot_purification(history: list[dict], path: str | os.PathLike, title: str | None = None) -> Path:
+def plot_purification(
+    history: list[dict], path: str | os.PathLike, title: str | None = None, metric: str = "accuracy (ACC)"
+) -> Path:
     """Draws accuracy and attack success rate over the steps of a purification, with Tr F below.
 
     Args:
@@ -50,6 +33,7 @@ def plot_purification(history: list[dict], path: str | os.PathLike, title: str |
             curve stand in the legend; what was measured at step 0 has a ring. Without any trace there is one panel.
         path: the PNG file; its folder is made if need be.
         title: one line above the picture.
+        metric: what `accuracy` is called, where it is the metric of another task.
 
     Returns:
         The path.
@@ -69,21 +53,21 @@ def plot_purification(history: list[dict], path: str | os.PathLike, title: str |
         raise ValueError("plot_purification: no row of the history has an accuracy, an asr or a positive fisher_trace")
 
     width = 6.4
-    with _figure(path, width, height=1.2 + 2.4 * panels, layout="constrained") as figure:
+    with figure(path, width, height=1.2 + 2.4 * panels, layout="constrained") as drawn:
         if title:
-            figure.suptitle(_fit(title, width - 0.3, fontsize=11), fontsize=11)
+            drawn.suptitle(fit(title, width - 0.3, fontsize=11), fontsize=11)
         ratios = [3, 2] if panels == 2 else [1]
-        axes = list(figure.subplots(panels, 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0])
+        axes = list(drawn.subplots(panels, 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0])
         if accuracy or asr:
-            acc_label, asr_label = _change("accuracy (ACC)", accuracy), _change("attack success (ASR)", asr)
-            _curve(axes[0], accuracy, label=acc_label, color=BLUE, linestyle="-", marker="o")
-            _curve(axes[0], asr, label=asr_label, color=VERMILLION, linestyle="--", marker="s")
+            acc_label, asr_label = _change(metric, accuracy), _change("attack success (ASR)", asr)
+            curve(axes[0], accuracy, label=acc_label, color=BLUE, linestyle="-", marker="o")
+            curve(axes[0], asr, label=asr_label, color=VERMILLION, linestyle="--", marker="s")
             axes[0].set(ylabel="percent", ylim=(-3, 103), yticks=range(0, 101, 10))
             axes[0].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, borderaxespad=0.2)
         if trace:
-            _curve(axes[-1], trace, color=GREEN, linestyle="-", marker="^")
+            curve(axes[-1], trace, color=GREEN, linestyle="-", marker="^")
             axes[-1].set_ylabel("Tr F (log scale)")
-            _log_axis(axes[-1], [value for _, value in trace])
+            log_axis(axes[-1], [value for _, value in trace])
         for axis in axes:
             axis.grid(True)
             axis.set_axisbelow(True)
@@ -92,7 +76,7 @@ def plot_purification(history: list[dict], path: str | os.PathLike, title: str |
         axes[-1].set(xlabel="step" if min(steps) else "step (ring: before purification)")
         axes[-1].set_xlim(-0.03 * last, 1.03 * last)
         axes[-1].xaxis.get_major_locator().set_params(integer=True)
-        figure.align_ylabels()
+        drawn.align_ylabels()
     return Path(path)
 
 
@@ -107,30 +91,6 @@ def _series(history: list[dict], key: str) -> list[tuple[int, float]]:
 def _change(name: str, series: list[tuple[int, float]]) -> str:
     """The name and the first and last percentage, for the legend."""
     return " → ".join(f"{value:.1f}" for _, value in series[:1] + series[1:][-1:]).join((f"{name} ", " %"))
-
-
-def _curve(axis: "Axes", series: list[tuple[int, float]], **style) -> None:
-    """One curve with about twenty markers, and a ring around what was measured at step 0."""
-    if not series:
-        return
-    steps, values = zip(*series, strict=True)
-    every = math.ceil(len(steps) / 20)
-    axis.plot(steps, values, linewidth=1.2, markersize=4, markevery=every, **style)
-    if steps[0] == 0:
-        axis.plot(0, values[0], marker="o", color=style["color"], markerfacecolor="none", markersize=10)
-
-
-def _log_axis(axis: "Axes", values: list[float]) -> None:
-    """A logarithmic axis of at least one decade, its ticks in plain numbers."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    low, high = math.log10(min(values)), math.log10(max(values))
-    margin = max(0.06 * (high - low), (1 - high + low) / 2)
-    axis.set_yscale("log")
-    axis.set_ylim(10 ** (low - margin), 10 ** (high + margin))
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high - low < 2.5 else (1,)))
-    axis.yaxis.set_minor_locator(NullLocator())
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def plot_triggers(rows: list[dict], path: str | os.PathLike, target: str, title: str | None = None) -> Path:
@@ -179,8 +139,8 @@ def plot_triggers(rows: list[dict], path: str | os.PathLike, target: str, title:
     tops = [(0.65 if title else 0.35) + i * (tall + len(moments) * line + 0.15) for i in range(3)]
     height = tops[-1] + tall + 0.45
 
-    with _figure(path, width, height) as figure:
-        write = partial(_write, figure, width, height)
+    with figure(path, width, height) as drawn:
+        write = partial(_write, drawn, width, height)
         if title:
             write(title, width / 2, 0.22, width - 0.3, fontsize=11, ha="center")
         for name, top in zip(("clean", "triggered", f"diff. ×{gain}"), tops, strict=True):
@@ -189,7 +149,7 @@ def plot_triggers(rows: list[dict], path: str | os.PathLike, target: str, title:
             x = left + names + column * (cell + gap)
             write(f"true: {row['label']}", x, tops[0] - 0.12, cell, weight="bold")
             for top, image in zip(tops, (*pair, (difference * gain).astype(np.uint8)), strict=True):
-                _show(figure.add_axes((x / width, 1 - (top + tall) / height, cell / width, tall / height)), image)
+                _show(drawn.add_axes((x / width, 1 - (top + tall) / height, cell / width, tall / height)), image)
             for top, kind in zip(tops[:2], ("clean", "triggered"), strict=True):
                 for place, when in enumerate(moments):
                     y = top + tall + 0.13 + place * line
@@ -226,10 +186,10 @@ def plot_attacks(rows: list[dict], path: str | os.PathLike, title: str | None = 
     across = min(len(rows), COLUMNS)
     bands = math.ceil(len(rows) / across)
     cell = 1.3  # inches, of a column
-    with _figure(path, width=0.4 + across * cell, height=0.5 + 4.9 * bands, layout="constrained") as figure:
+    with figure(path, width=0.4 + across * cell, height=0.5 + 4.9 * bands, layout="constrained") as drawn:
         if title:
-            figure.suptitle(_fit(title, across * cell, fontsize=11), fontsize=11)
-        axes = figure.subplots(3 * bands, across, squeeze=False)
+            drawn.suptitle(fit(title, across * cell, fontsize=11), fontsize=11)
+        axes = drawn.subplots(3 * bands, across, squeeze=False)
         for axis in axes.flat:
             axis.set_axis_off()
         for place, row in enumerate(rows):
@@ -239,13 +199,13 @@ def plot_attacks(rows: list[dict], path: str | os.PathLike, title: str | None = 
             difference = np.abs(triggered.astype(int) - clean)
             gain = _gain(int(difference.max()))
             column = axes[3 * (place // across) : 3 * (place // across) + 3, place % across]
-            column[0].set_title(_fit(row["name"], cell, fontsize=9, weight="bold"), fontsize=9, weight="bold")
+            column[0].set_title(fit(row["name"], cell, fontsize=9, weight="bold"), fontsize=9, weight="bold")
             for axis, image in zip(column, (clean, triggered, (difference * gain).astype(np.uint8)), strict=True):
                 axis.set_axis_on()
                 _show(axis, image)
             for axis, kind in zip(column, ("clean", "triggered"), strict=False):
                 symbol, color = _verdict(row["answer"][kind], row["label"], row["target"])
-                axis.set_xlabel(_fit(f"{symbol} {row['answer'][kind]}", cell, fontsize=8), fontsize=8, color=color)
+                axis.set_xlabel(fit(f"{symbol} {row['answer'][kind]}", cell, fontsize=8), fontsize=8, color=color)
             column[2].set_xlabel(f"difference ×{gain}", fontsize=8, color=GREY)
     return Path(path)
 
@@ -287,8 +247,8 @@ def plot_audit(audits: dict[str, list[dict]], path: str | os.PathLike, title: st
     tops = [(0.7 if title else 0.4) + number * block for number in range(len(audits))]
     height = tops[-1] + block + 0.2
 
-    with _figure(path, width, height) as figure:
-        write = partial(_write, figure, width, height)
+    with figure(path, width, height) as drawn:
+        write = partial(_write, drawn, width, height)
         if title:
             write(title, width / 2, 0.22, width - 0.3, fontsize=11, ha="center")
         for (model, rows), top in zip(audits.items(), tops, strict=True):
@@ -303,7 +263,7 @@ def plot_audit(audits: dict[str, list[dict]], path: str | os.PathLike, title: st
                 for y, image in ((top, row["mask"]), (top + tall + 0.06, patch)):
                     image = np.uint8(np.round(255 * image))
                     image = image[..., 0] if image.shape[2:] == (1,) else image
-                    _show(figure.add_axes((x / width, 1 - (y + tall) / height, cell / width, tall / height)), image)
+                    _show(drawn.add_axes((x / width, 1 - (y + tall) / height, cell / width, tall / height)), image)
                 color, y = (VERMILLION if row["flagged"] else GREY), top + 2 * tall + 0.06 + 0.13
                 write(f"{row['size']:.1f} px" + (" ⚑" if row["flagged"] else ""), x, y, cell, color=color)
                 write(f"index {row['anomaly']:.1f}", x, y + line, cell, color=color)
@@ -331,10 +291,10 @@ def _verdict(answer: str, label: str, target: str) -> tuple[str, str]:
     return ("⚑", VERMILLION) if answer == target else ("✗", GREY)
 
 
-def _write(figure: "Figure", width: float, height: float, text: str, x: float, y: float, room: float, **style) -> None:
+def _write(drawn: "Figure", width: float, height: float, text: str, x: float, y: float, room: float, **style) -> None:
     """Text at (x, y), and `room` to be cut to; all in inches, from the top left of a figure of this size."""
     font = {name: style.pop(name, default) for name, default in (("fontsize", 8), ("weight", "normal"))}
-    figure.text(x / width, 1 - y / height, _fit(text, room, **font), va="center", **font, **style)
+    drawn.text(x / width, 1 - y / height, fit(text, room, **font), va="center", **font, **style)
 
 
 def _show(axis: "Axes", image: np.ndarray) -> None:
@@ -343,39 +303,3 @@ def _show(axis: "Axes", image: np.ndarray) -> None:
     axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation=interpolation)
     axis.set(xticks=[], yticks=[])
     axis.spines[:].set(visible=True, color=GREY, linewidth=0.6)
-
-
-def _fit(text: str, room: float, fontsize: float, weight: str = "normal") -> str:
-    """The text on one line, cut with … to `room` inches in this font."""
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import text_to_path
-
-    font = FontProperties(size=fontsize, weight=weight)
-
-    def too_wide(text: str) -> bool:
-        return text_to_path.get_text_width_height_descent(text, font, ismath=False)[0] > room * 72
-
-    text = " ".join(text[:1000].split())
-    if not too_wide(text):
-        return text
-    cut = bisect(range(1, len(text)), False, key=lambda length: too_wide(text[:length] + "…"))
-    return text[:cut] + "…"
-
-
-@contextmanager
-def _figure(path: str | os.PathLike, width: float, height: float, layout: str | None = None) -> Iterator["Figure"]:
-    """A white figure of this many inches, written to `path` as PNG on leaving: first beside it, then renamed."""
-    from matplotlib import style
-    from matplotlib.figure import Figure
-
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with style.context(["default", STYLE]):
-        figure = Figure(figsize=(width, height), facecolor="white", layout=layout)
-        yield figure
-        try:
-            figure.savefig(partial, format="png", dpi=DPI)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The image task: what a model is fed, which models are taken, how classes are matched, and augmentation."""
+"""The image task: what a model is fed, which models are taken, and how classes are matched."""
 
 import io
 import json
@@ -18,7 +18,6 @@ from hf_fip.tasks.image_classification import (
     PixelDataset,
     load_image_classifier,
     match_labels,
-    shift_and_flip,
     small_model,
     small_resnet,
     small_vit,
@@ -304,43 +303,3 @@ def test_a_small_model_fits_the_images(architecture, mode, size):
     assert pixels.shape[1] == pixels.shape[2] == min(max(size), 64)
     assert model(pixel_values=pixels.repeat(2, 1, 1, 1)).logits.shape == (2, 3)
     assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
-
-
-def crops(image: np.ndarray, padding: int, mirrored: bool) -> set[bytes]:
-    """All crops of an image (C, H, W) padded by reflection, or their mirror images."""
-    padded = np.pad(image, ((0, 0), (padding, padding), (padding, padding)), mode="reflect")
-    height, width = image.shape[1:]
-    shifts = range(2 * padding + 1)
-    found = [padded[:, top : top + height, left : left + width] for top in shifts for left in shifts]
-    return {np.ascontiguousarray(crop[..., ::-1] if mirrored else crop).tobytes() for crop in found}
-
-
-@pytest.mark.parametrize("flip", [False, True])
-@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 16, 24)], ids=str)
-def test_augmented_images_are_crops_within_the_reflected_border_mirrored_only_when_asked(flip, shape):
-    pixels = torch.rand(60, *shape, generator=torch.Generator().manual_seed(0))
-    batch = {"pixel_values": pixels, "labels": torch.arange(60)}
-    torch.manual_seed(0)
-    changed = shift_and_flip(1 / 8, flip)(batch)
-    assert changed["pixel_values"].shape == pixels.shape and changed["pixel_values"].is_contiguous()
-    assert changed["labels"] is batch["labels"]
-    padding = shape[1] // 8
-    plain = mirrored = 0
-    for before, after in zip(pixels.numpy(), changed["pixel_values"].numpy(), strict=True):
-        plain += after.tobytes() in crops(before, padding, False)
-        mirrored += after.tobytes() in crops(before, padding, True)
-    assert plain + mirrored == 60
-    assert (15 <= mirrored <= 45) if flip else (mirrored == 0)
-
-
-def test_augmentation_is_decided_by_torchs_generator_and_leaves_its_input_alone():
-    batch = {"pixel_values": torch.rand(20, 3, 8, 8)}
-    found = batch["pixel_values"].clone()
-    transform = shift_and_flip(1 / 8, True)
-    torch.manual_seed(5)
-    state = torch.get_rng_state()
-    first, other = transform(batch), transform(batch)
-    torch.set_rng_state(state)
-    assert torch.equal(transform(batch)["pixel_values"], first["pixel_values"])
-    assert not torch.equal(first["pixel_values"], other["pixel_values"])
-    assert torch.equal(batch["pixel_values"], found)

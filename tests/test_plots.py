@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from hf_fip import plots
+from hf_fip import drawing, plots
 from hf_fip.plots import plot_attacks, plot_purification, plot_triggers
 
 CURVES = [{"step": s, "accuracy": 96 - s / 100, "asr": 100 - s / 5} for s in range(0, 401, 50)]
@@ -51,7 +51,7 @@ def texts(monkeypatch):
     def spy(figure, *args, **kwargs):
         save(figure, *args, **kwargs)
         found.extend(
-            (text.get_text(), text.get_window_extent(dpi=plots.DPI)) for text in figure.findobj(matplotlib.text.Text)
+            (text.get_text(), text.get_window_extent(dpi=drawing.DPI)) for text in figure.findobj(matplotlib.text.Text)
         )
 
     monkeypatch.setattr(Figure, "savefig", spy)

@@ -33,11 +33,82 @@ LABEL_RULES = {
 }
 
 
-@dataclass
-class Attack(ABC):
-    """A backdoor attack on image classifiers: a trigger and the label it is to bring about.
+class BaseAttack(ABC):
+    """What attacks on all kinds of input share: options, what the trigger is made of, and a folder.
 
-    Everything is decided by the options: two attacks with equal options make equal triggers.
+    The options, fields of a dataclass, decide everything: two attacks with equal options make equal triggers.
+
+    Attributes:
+        seed: what a random trigger is drawn from, an option of each attack.
+
+    Raises:
+        ValueError: an option has the wrong type or is out of its range.
+    """
+
+    name: ClassVar[str]
+    input_kind: ClassVar[str]
+    default_rate: ClassVar[float] = 0.1  # share of the training set, when nobody says otherwise
+
+    seed: int
+
+    def __post_init__(self):
+        for field in fields(self):
+            kind, value = type(field.default), getattr(self, field.name)
+            if not isinstance(value, {int: numbers.Integral, float: numbers.Real}.get(kind, kind)):
+                raise ValueError(f"{field.name}={value!r} must be of type {kind.__name__}.")
+            setattr(self, field.name, kind(value))  # numpy scalars become Python's, which JSON can hold
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must be 0 or more.")
+
+    def fit(self, material: Material) -> None:  # noqa: B027
+        """Train what the attack needs before a training set is poisoned. Most need nothing."""
+
+    @property
+    def keeps_fit(self) -> bool:
+        """Whether `tensors` hold all that `fit` has made, so that a run that goes on need not fit again."""
+        return False
+
+    def joint_training(self, material: Material) -> JointTraining | None:
+        """How the attack takes part in the training of its victim; None if it only poisons the data."""
+        return None
+
+    @cached_property
+    def tensors(self) -> dict[str, np.ndarray]:
+        """What the trigger is made of, whatever the input: drawn once from the seed, or loaded."""
+        return self.make_tensors(np.random.default_rng(self.seed))
+
+    @abstractmethod
+    def make_tensors(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Make `tensors`, with all randomness from `rng`."""
+
+    # The folder
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `attack.json` (name and options) and `attack.safetensors` (the trigger) for `load_attack`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"name": self.name, "options": asdict(self)}
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file({key: np.ascontiguousarray(value) for key, value in self.tensors.items()}, folder / TENSORS_NAME)
+
+    def load_tensors(self, tensors: dict[str, np.ndarray]) -> None:
+        """Use `tensors` as the trigger, in place of what the seed would give.
+
+        Raises:
+            ValueError: names, shapes or types are not those of this attack with these options.
+        """
+        self._check_kinds(tensors, self.make_tensors(np.random.default_rng(self.seed)))
+        self.tensors = tensors
+
+    def _check_kinds(self, tensors: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
+        found, expected = _kinds(tensors), _kinds(wanted)
+        if found != expected:
+            raise ValueError(f"{TENSORS_NAME} holds {found}, but {self.name} with these options needs {expected}.")
+
+
+@dataclass
+class Attack(BaseAttack):
+    """A backdoor attack on image classifiers: a trigger and the label it is to bring about.
 
     Args:
         target_label: the class that triggered inputs are to be taken for (read by `all_to_one` only).
@@ -48,8 +119,7 @@ class Attack(ABC):
         ValueError: an option has the wrong type or is out of its range.
     """
 
-    name: ClassVar[str]
-    default_rate: ClassVar[float] = 0.1  # share of the training set, when nobody says otherwise
+    input_kind: ClassVar[str] = "image"
     clean_label: ClassVar[bool] = False  # the trigger goes on images that have the attack label already
     # Share of the training set that `apply_cover` is for. An attack that has covers makes it an option.
     cover_rate: ClassVar[float] = 0.0
@@ -62,13 +132,9 @@ class Attack(ABC):
     seed: int = 0
 
     def __post_init__(self):
-        for field in fields(self):
-            kind, value = type(field.default), getattr(self, field.name)
-            if not isinstance(value, {int: numbers.Integral, float: numbers.Real}.get(kind, kind)):
-                raise ValueError(f"{field.name}={value!r} must be of type {kind.__name__}.")
-            setattr(self, field.name, kind(value))  # numpy scalars become Python's, which JSON can hold
-        if self.target_label < 0 or self.seed < 0:
-            raise ValueError(f"target_label={self.target_label} and seed={self.seed} must be 0 or more.")
+        super().__post_init__()
+        if self.target_label < 0:
+            raise ValueError(f"target_label={self.target_label} must be 0 or more.")
         if self.label_rule not in LABEL_RULES:
             raise ValueError(f"label_rule={self.label_rule!r} is not one of {', '.join(LABEL_RULES)}.")
         if self.clean_label and self.label_rule != "all_to_one":
@@ -77,22 +143,6 @@ class Attack(ABC):
             raise ValueError(f"cover_rate={self.cover_rate} is a share of the training set: choose it in [0, 1].")
 
     # The trigger
-
-    def fit(self, material: Material) -> None:  # noqa: B027
-        """Train what the attack needs before a training set is poisoned. Most need nothing."""
-
-    def joint_training(self, material: Material) -> JointTraining | None:
-        """How the attack takes part in the training of its victim; None if it only poisons the data."""
-        return None
-
-    @cached_property
-    def tensors(self) -> dict[str, np.ndarray]:
-        """What the trigger is made of, whatever the size of the image: drawn once from the seed, or loaded."""
-        return self.make_tensors(np.random.default_rng(self.seed))
-
-    @abstractmethod
-    def make_tensors(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Make `tensors`, with all randomness from `rng`."""
 
     def apply(self, image: np.ndarray) -> np.ndarray:
         """Return a copy of `image`, uint8 H×W×C with C = 1 or 3, that carries the trigger.
@@ -172,30 +222,6 @@ class Attack(ABC):
             wanted = np.where(roles == BACKDOOR, self.attack_label(labels, num_labels), labels)
         return Plan(np.arange(len(labels)), roles, wanted, donors)
 
-    # The folder
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `attack.json` (name and options) and `attack.safetensors` (the trigger) for `load_attack`."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {"name": self.name, "options": asdict(self)}
-        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file({key: np.ascontiguousarray(value) for key, value in self.tensors.items()}, folder / TENSORS_NAME)
-
-    def load_tensors(self, tensors: dict[str, np.ndarray]) -> None:
-        """Use `tensors` as the trigger, in place of what the seed would give.
-
-        Raises:
-            ValueError: names, shapes or types are not those of this attack with these options.
-        """
-        self._check_kinds(tensors, self.make_tensors(np.random.default_rng(self.seed)))
-        self.tensors = tensors
-
-    def _check_kinds(self, tensors: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
-        found, expected = _kinds(tensors), _kinds(wanted)
-        if found != expected:
-            raise ValueError(f"{TENSORS_NAME} holds {found}, but {self.name} with these options needs {expected}.")
-
 
 def checked(image: np.ndarray) -> np.ndarray:
     """The image, if it is uint8 H×W×C with C = 1 or 3; else ValueError."""
@@ -209,33 +235,39 @@ def _kinds(tensors: dict[str, np.ndarray]) -> dict[str, str]:
     return {key: f"{value.dtype} {value.shape}" for key, value in sorted(tensors.items())}
 
 
-_REGISTRY: dict[str, type[Attack]] = {}
+_REGISTRY: dict[str, type[BaseAttack]] = {}
 
 
-def register(cls: type[Attack]) -> type[Attack]:
+def register(cls: type[BaseAttack]) -> type[BaseAttack]:
     """Class decorator: make an attack known by its `name`."""
     if _REGISTRY.setdefault(cls.name, cls) is not cls:
         raise ValueError(f"there is an attack {cls.name!r} already, {_REGISTRY[cls.name].__qualname__}.")
     return cls
 
 
-def attack_names() -> list[str]:
-    """Return the names that `make_attack` knows, sorted."""
-    return sorted(_REGISTRY)
+def attack_names(input_kind: str = "image") -> list[str]:
+    """Return the names of the attacks on this kind of input that `make_attack` knows, sorted."""
+    return sorted(name for name, cls in _REGISTRY.items() if cls.input_kind == input_kind)
 
 
-def attack_class(name: str) -> type[Attack]:
+def input_kinds() -> list[str]:
+    """Return the kinds of input that there are attacks on."""
+    return list(dict.fromkeys(cls.input_kind for cls in _REGISTRY.values()))
+
+
+def attack_class(name: str) -> type[BaseAttack]:
     """Return the class of the attack with this name.
 
     Raises:
         ValueError: there is no such attack.
     """
-    if name not in attack_names():
-        raise ValueError(f"{name!r} is not an attack: choose one of {', '.join(attack_names())}.")
+    names = [name for kind in input_kinds() for name in attack_names(kind)]
+    if name not in names:
+        raise ValueError(f"{name!r} is not an attack: choose one of {', '.join(names)}.")
     return _REGISTRY[name]
 
 
-def make_attack(name: str, /, **options) -> Attack:
+def make_attack(name: str, /, **options) -> BaseAttack:
     """Make an attack from its name and its options, e.g. `make_attack("blend", alpha=0.1)`.
 
     Raises:
@@ -248,8 +280,8 @@ def make_attack(name: str, /, **options) -> Attack:
     return cls(**options)
 
 
-def load_attack(folder: str | Path) -> Attack:
-    """Load what `Attack.save_pretrained` wrote. The trigger is the stored one, not drawn again. No pickle is read.
+def load_attack(folder: str | Path) -> BaseAttack:
+    """Load what `save_pretrained` wrote. The trigger is the stored one, not drawn again. No pickle is read.
 
     Raises:
         FileNotFoundError: the folder lacks one of the two files.

@@ -39,6 +39,10 @@ class LearnedAttack(Attack):
         return "tensors" in vars(self)
 
     @property
+    def keeps_fit(self) -> bool:
+        return self.is_learned and not self.fits_every_run
+
+    @property
     def size(self) -> tuple[int, int, int]:
         """Height, width and channels of the images that the trigger was learned on."""
         height, width, channels = self.tensors["size"].tolist()

@@ -1,6 +1,6 @@
 """Poisoned training sets and triggered test sets.
 
-Only the images that change are decoded. They are stored as PNG, which loses nothing, so that the trigger survives;
+Only the inputs that change are decoded. Images are stored as PNG, which loses nothing, so that the trigger survives;
 all other rows keep the very bytes they had.
 
 An image that changes becomes 8-bit gray (PIL's mode L) if it is gray: L, LA, 1, or I;16, of which the high byte is
@@ -9,7 +9,9 @@ kept. Any other (palette, CMYK, RGBA, ...) becomes RGB. Transparency is dropped.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from io import BytesIO
 from typing import TYPE_CHECKING
 
@@ -58,43 +60,7 @@ def poison(
         ValueError: a column is missing or of the wrong kind; the target is not a class; `rate` is not in (0, 1],
             picks no row, or picks more rows than there are candidates.
     """
-    from datasets import ClassLabel, concatenate_datasets
-
-    labels, num_labels = _labels(dataset, image_column, label_column, num_labels)
-    if ROLE_COLUMN in dataset.column_names:
-        raise ValueError(f"there is a column {ROLE_COLUMN!r} already: poison the clean data set instead.")
-    if not 0 < rate <= 1:
-        raise ValueError(f"rate={rate} is a share of the data set: choose it in (0, 1].")
-
-    plan = attack.plan(labels, num_labels, rate, np.random.default_rng(seed))
-    clean = dataset.with_format(None)
-    parts, order = [clean], plan.rows.copy()
-
-    def images_of(rows: np.ndarray) -> list[np.ndarray | None]:
-        pictures = clean.select_columns(image_column)
-        return [None if row == NO_DONOR else to_array(pictures[int(row)][image_column]) for row in rows]
-
-    def backdoored(images: list[np.ndarray], entries: np.ndarray) -> list[np.ndarray]:
-        return attack.apply_in_training(images, images_of(plan.donors[entries]))
-
-    def covered(images: list[np.ndarray], entries: np.ndarray) -> list[np.ndarray]:
-        # A stream for each entry, apart from the one of the plan: the order of work does not matter.
-        streams = [np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(int(entry),))) for entry in entries]
-        return [
-            attack.apply_cover(image, stream, donor)
-            for image, stream, donor in zip(images, streams, images_of(plan.donors[entries]), strict=True)
-        ]
-
-    for role, change in ((BACKDOOR, backdoored), (COVER, covered)):
-        entries = np.flatnonzero(plan.roles == role)
-        if attack.triggers_in_training or len(entries) == 0:
-            continue
-        order[entries] = sum(map(len, parts)) + np.arange(len(entries))
-        source, columns = clean.select(plan.rows[entries]), {label_column: plan.labels[entries]}
-        what = f"{attack.name}, {ROLES[role]} images"
-        parts.append(_with_images(source, image_column, change, entries, columns, what))
-    poisoned = concatenate_datasets(parts).select(order)
-    return poisoned.add_column(ROLE_COLUMN, plan.roles, feature=ClassLabel(names=list(ROLES)))
+    return poison_column(dataset, attack, rate, seed, ImageColumn(image_column), label_column, num_labels)
 
 
 def trigger(
@@ -119,42 +85,156 @@ def trigger(
         TypeError: `dataset` is not one split.
         ValueError: a column is missing or of the wrong kind; the target is not a class; no row counts.
     """
-    labels, num_labels = _labels(dataset, image_column, label_column, num_labels)
+    return trigger_column(dataset, attack, ImageColumn(image_column), label_column, num_labels)
+
+
+# ---- For any kind of input ----
+
+
+@dataclass(frozen=True)
+class InputColumn(ABC):
+    """The column with the inputs of an attack: its name, and how an input is stored in it."""
+
+    name: str
+    noun = "inputs"
+
+    @abstractmethod
+    def check(self, dataset: datasets.Dataset) -> None:
+        """Raise ValueError where the column holds something else."""
+
+    @abstractmethod
+    def undecoded(self, dataset: datasets.Dataset) -> datasets.Dataset:
+        """The data set, giving its inputs as they are stored."""
+
+    @abstractmethod
+    def decoder(self, dataset: datasets.Dataset) -> Callable[..., np.ndarray]:
+        """What makes of a stored input of this data set one as the attack takes it."""
+
+    @abstractmethod
+    def encode(self, array: np.ndarray):
+        """What is stored of an input."""
+
+
+class ImageColumn(InputColumn):
+    """Images: uint8 H×W×1 or H×W×3, stored as PNG."""
+
+    noun = "images"
+
+    def check(self, dataset):
+        from datasets import Image
+
+        if not isinstance(dataset.features[self.name], Image):
+            raise ValueError(
+                f"column {self.name!r} does not hold images: use dataset.cast_column({self.name!r}, datasets.Image())."
+            )
+
+    def undecoded(self, dataset):
+        from datasets import Image
+
+        return dataset.cast_column(self.name, Image(decode=False))
+
+    def decoder(self, dataset):
+        from datasets import Image
+
+        decoder = Image(mode=dataset.features[self.name].mode)
+        return lambda stored: to_array(decoder.decode_example(stored))
+
+    def encode(self, array):
+        return {"bytes": to_png(array), "path": None}
+
+
+def poison_column(
+    dataset: datasets.Dataset,
+    attack: Attack,
+    rate: float,
+    seed: int,
+    inputs: InputColumn,
+    label_column: str = "label",
+    num_labels: int | None = None,
+) -> datasets.Dataset:
+    """`poison` for any column of inputs."""
+    from datasets import ClassLabel, concatenate_datasets
+
+    labels, num_labels = _labels(dataset, inputs, label_column, num_labels)
+    if ROLE_COLUMN in dataset.column_names:
+        raise ValueError(f"there is a column {ROLE_COLUMN!r} already: poison the clean data set instead.")
+    if not 0 < rate <= 1:
+        raise ValueError(f"rate={rate} is a share of the data set: choose it in (0, 1].")
+
+    plan = attack.plan(labels, num_labels, rate, np.random.default_rng(seed))
+    clean = dataset.with_format(None)
+    parts, order = [clean], plan.rows.copy()
+
+    decode, stored = inputs.decoder(clean), inputs.undecoded(clean.select_columns(inputs.name))
+
+    def donors_of(entries: np.ndarray) -> list[np.ndarray | None]:
+        rows = plan.donors[entries]
+        return [None if row == NO_DONOR else decode(stored[int(row)][inputs.name]) for row in rows]
+
+    def backdoored(arrays: list[np.ndarray], entries: np.ndarray) -> list[np.ndarray]:
+        return attack.apply_in_training(arrays, donors_of(entries))
+
+    def covered(arrays: list[np.ndarray], entries: np.ndarray) -> list[np.ndarray]:
+        # A stream for each entry, apart from the one of the plan: the order of work does not matter.
+        streams = [np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(int(entry),))) for entry in entries]
+        return [
+            attack.apply_cover(array, stream, donor)
+            for array, stream, donor in zip(arrays, streams, donors_of(entries), strict=True)
+        ]
+
+    for role, change in ((BACKDOOR, backdoored), (COVER, covered)):
+        entries = np.flatnonzero(plan.roles == role)
+        if attack.triggers_in_training or len(entries) == 0:
+            continue
+        order[entries] = sum(map(len, parts)) + np.arange(len(entries))
+        source, columns = clean.select(plan.rows[entries]), {label_column: plan.labels[entries]}
+        what = f"{attack.name}, {ROLES[role]} {inputs.noun}"
+        parts.append(_changed(source, inputs, change, entries, columns, what))
+    poisoned = concatenate_datasets(parts).select(order)
+    return poisoned.add_column(ROLE_COLUMN, plan.roles, feature=ClassLabel(names=list(ROLES)))
+
+
+def trigger_column(
+    dataset: datasets.Dataset,
+    attack: Attack,
+    inputs: InputColumn,
+    label_column: str = "label",
+    num_labels: int | None = None,
+) -> datasets.Dataset:
+    """`trigger` for any column of inputs."""
+    labels, num_labels = _labels(dataset, inputs, label_column, num_labels)
     rows = np.flatnonzero(attack.eligible(labels, num_labels))
     if len(rows) == 0:
         raise ValueError("every row is of the attacked class already: pass a data set with other classes.")
-    return _with_images(
+    return _changed(
         dataset.with_format(None).select(rows),
-        image_column,
-        lambda images, rows: [attack.apply(image) for image in images],
+        inputs,
+        lambda arrays, rows: [attack.apply(array) for array in arrays],
         rows,
         {},
-        f"{attack.name}, test images",
+        f"{attack.name}, test {inputs.noun}",
     )
 
 
 def _labels(
-    dataset: datasets.Dataset, image_column: str, label_column: str, num_labels: int | None
+    dataset: datasets.Dataset, inputs: InputColumn, label_column: str, num_labels: int | None
 ) -> tuple[np.ndarray, int]:
     """Return the labels (int64) and the number of classes, after checking that the data set can be poisoned."""
     import pyarrow
-    from datasets import ClassLabel, Dataset, Image
+    from datasets import ClassLabel, Dataset
 
     if not isinstance(dataset, Dataset):
         raise TypeError(f"expected a datasets.Dataset, not {type(dataset).__name__}: pass one split of it, loaded.")
-    for column in (image_column, label_column):
+    for column in (inputs.name, label_column):
         if column not in dataset.column_names:
             raise ValueError(f"there is no column {column!r}: the columns are {', '.join(dataset.column_names)}.")
-    if not isinstance(dataset.features[image_column], Image):
-        raise ValueError(
-            f"column {image_column!r} does not hold images: "
-            f"use dataset.cast_column({image_column!r}, datasets.Image())."
-        )
+    inputs.check(dataset)
 
     column = dataset.select_columns(label_column).with_format("arrow")[:][label_column]
     if pyarrow.types.is_list(column.type) or pyarrow.types.is_fixed_size_list(column.type):
         raise ValueError(
-            f"column {label_column!r} holds several labels a row: these attacks are for images of one class each."
+            f"column {label_column!r} holds several labels a row: these attacks are for {inputs.noun} of one class "
+            "each."
         )
     if not pyarrow.types.is_integer(column.type) or column.null_count:
         raise ValueError(
@@ -176,29 +256,26 @@ def _labels(
     return labels, num_labels
 
 
-def _with_images(
+def _changed(
     dataset: datasets.Dataset,
-    image_column: str,
+    inputs: InputColumn,
     change: Callable[[list[np.ndarray], np.ndarray], list[np.ndarray]],
     keys: np.ndarray,
     columns: dict[str, np.ndarray],
     description: str,
 ) -> datasets.Dataset:
-    """Return `dataset` with its images replaced by change(images, their keys), and `columns` by other values."""
-    from datasets import Image
+    """Return `dataset` with its inputs replaced by change(inputs, their keys), and `columns` by other values."""
+    decode = inputs.decoder(dataset)
 
-    decoder = Image(mode=dataset.features[image_column].mode)
-
-    def rewrite(stored: list[dict], indices: list[int]) -> dict[str, list]:
-        images = [to_array(decoder.decode_example(image)) for image in stored]
-        files = [to_png(image) for image in change(images, keys[indices])]
+    def rewrite(stored: list, indices: list[int]) -> dict[str, list]:
+        arrays = change([decode(value) for value in stored], keys[indices])
         new = {name: values[indices] for name, values in columns.items()}
-        return {image_column: [{"bytes": file, "path": None} for file in files], **new}
+        return {inputs.name: [inputs.encode(array) for array in arrays], **new}
 
-    return dataset.cast_column(image_column, Image(decode=False)).map(
+    return inputs.undecoded(dataset).map(
         rewrite,
         with_indices=True,
-        input_columns=image_column,
+        input_columns=inputs.name,
         batched=True,
         batch_size=100,
         features=dataset.features,

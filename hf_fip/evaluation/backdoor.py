@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class BackdoorTest:
-    """The test sets of one attack.
+    """The test sets of one attack on a classifier. That of another task is a subclass with its own `_measure`.
 
     Attributes:
         clean: model inputs with true labels.
@@ -42,14 +42,17 @@ class BackdoorTest:
         left as it was, so that measuring does not change what training does.
         """
         with RandomState.capture(trainer.args.device).replayed():
-            answers, labels = _answers(trainer, SealedDataset(self.clean))
-            self.answers = {"clean": answers}
-            result = {"accuracy": accuracy(answers, labels), "asr": None, "ra": None}
-            if self.triggered is not None:
-                answers, labels = _answers(trainer, SealedDataset(self.triggered, self.attack_labels))
-                self.answers["triggered"] = answers
-                result["asr"] = attack_success_rate(answers, self.attack_labels, labels)
-                result["ra"] = robust_accuracy(answers, labels, self.attack_labels)
+            return self._measure(trainer)
+
+    def _measure(self, trainer: Trainer) -> dict[str, float | None]:
+        answers, labels = _answers(trainer, SealedDataset(self.clean))
+        self.answers = {"clean": answers}
+        result = {"accuracy": accuracy(answers, labels), "asr": None, "ra": None}
+        if self.triggered is not None:
+            answers, labels = _answers(trainer, SealedDataset(self.triggered, self.attack_labels))
+            self.answers["triggered"] = answers
+            result["asr"] = attack_success_rate(answers, self.attack_labels, labels)
+            result["ra"] = robust_accuracy(answers, labels, self.attack_labels)
         return result
 
     def part(self, samples: int, seed: int = 0) -> BackdoorTest:
@@ -60,13 +63,14 @@ class BackdoorTest:
 
         clean = Subset(self.clean, rows(self.clean))
         if self.triggered is None:
-            return BackdoorTest(clean)
+            return replace(self, clean=clean, answers={})
         chosen = rows(self.triggered)
-        return BackdoorTest(clean, Subset(self.triggered, chosen), self.attack_labels[chosen])
+        triggered, attack_labels = Subset(self.triggered, chosen), self.attack_labels[chosen]
+        return replace(self, clean=clean, triggered=triggered, attack_labels=attack_labels, answers={})
 
 
 class PurificationCurve(TrainerCallback):
-    """Records ACC and ASR during training for a picture.
+    """Records ACC (or the task's own metric) and ASR during training for a picture.
 
     They go to the trainer's `log_history` as `curve_accuracy` and `curve_asr`, which nothing can choose a model by:
     they are no evaluation metrics. A checkpoint keeps them. Set `trainer` before training.

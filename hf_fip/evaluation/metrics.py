@@ -9,6 +9,14 @@ import numpy as np
 if TYPE_CHECKING:
     from transformers import EvalPrediction
 
+# Short and full name of what a report can hold, all in percent; the task's own metric comes first.
+METRICS = {
+    "accuracy": ("ACC", "clean accuracy"),
+    "map": ("mAP", "mean average precision"),
+    "bleu": ("BLEU", "clean BLEU"),
+    "asr": ("ASR", "attack success rate"),
+    "ra": ("RA", "robust accuracy"),
+}
 WEAK_VICTIM = 90.0  # percent ASR; a victim below it proves nothing about a purifier
 
 
@@ -44,14 +52,15 @@ def robust_accuracy(predictions: np.ndarray, labels: np.ndarray, attack_labels: 
     return _agreement(predictions, labels, attack_labels)
 
 
-def defense_effectiveness_rating(before: dict[str, float], after: dict[str, float]) -> float:
+def defense_effectiveness_rating(before: dict[str, float], after: dict[str, float], metric: str = "accuracy") -> float:
     """DER = [max(0, ΔASR) − max(0, ΔACC) + 1] / 2 with Δ = before − after; percent, 50 is no effect.
 
     Args:
-        before, after: with the keys `accuracy` and `asr`, in percent.
+        before, after: with the keys `metric` and `asr`, in percent.
+        metric: what stands for ACC in another task, such as `bleu`.
     """
     asr_drop = max(0.0, before["asr"] - after["asr"]) / 100
-    accuracy_drop = max(0.0, before["accuracy"] - after["accuracy"]) / 100
+    accuracy_drop = max(0.0, before[metric] - after[metric]) / 100
     return 50.0 * (asr_drop - accuracy_drop + 1.0)
 
 

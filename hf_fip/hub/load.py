@@ -21,10 +21,12 @@ def load_model(
         head: what the name of that class has to end with, such as `ForImageClassification`.
 
     Raises:
-        ValueError: when it cannot be found or read, when its config names no transformers model or one with another
-            head, or when the file lacks weights (they would be random).
+        ValueError: when it cannot be found or read, when its config names no model of transformers or of
+            `hf_fip.models` or one with another head, or when the file lacks weights (they would be random).
     """
     import transformers
+
+    from .. import models
 
     options = {"revision": revision, "token": token, "trust_remote_code": False}
     try:
@@ -32,7 +34,7 @@ def load_model(
     except Exception as error:  # a stranger's file can be wrong in any way
         raise ValueError(f"No model at {str(name_or_path)!r}: {_reason(error)}") from error
     architecture = str((config.architectures or ["none"])[0])
-    model_class = getattr(transformers, architecture, None)
+    model_class = getattr(models, architecture, None) or getattr(transformers, architecture, None)
     if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
         raise ValueError(
             f"{name_or_path}: its config names the architecture {architecture!r}, which transformers does not have; "

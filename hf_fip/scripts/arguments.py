@@ -1,10 +1,11 @@
-"""The arguments that the image recipes share."""
+"""The arguments that the recipes of all tasks share."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from transformers import HfArgumentParser
@@ -12,9 +13,8 @@ from transformers import HfArgumentParser
 from ..attacks import attack_names, make_attack
 from ..baselines import method_names
 from ..config import FIPConfig
-from ..tasks.data import DIGITS
 
-CLEAN_FRACTION = 0.2  # of the training images, kept aside for the defender by a victim made here
+CLEAN_FRACTION = 0.2  # of the training set, kept aside for the defender by a victim made here
 
 FIP = "fip"  # --method fip
 BENIGN = "none"  # --attack none
@@ -29,29 +29,21 @@ COMMON_DEFAULTS = {
 
 @dataclass
 class DataArguments:
-    """Which images, and which of them the defender has."""
+    """Which data, and which of them the defender has. A task gives `dataset_name` its default in a subclass."""
 
-    dataset_name: str = field(
-        default=DIGITS,
-        metadata={
-            "help": "A Hub id, a folder (parquet files, or one folder of images a class), a parquet file, or "
-            "'digits': scikit-learn's handwritten digits, which need no download."
-        },
-    )
+    dataset_name: str
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub data set."})
-    image_column: str | None = field(default=None, metadata={"help": "Column of the images. Guessed by default."})
-    label_column: str | None = field(default=None, metadata={"help": "Column of the labels. Guessed by default."})
     train_split: str | None = field(default=None, metadata={"help": "Split to train on. Guessed by default."})
     test_split: str | None = field(
         default=None, metadata={"help": "Split to measure on. Guessed; without one, a quarter of the rows."}
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use this many training images only."})
-    max_test_samples: int | None = field(default=None, metadata={"help": "Use this many test images only."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use this many training samples only."})
+    max_test_samples: int | None = field(default=None, metadata={"help": "Use this many test samples only."})
     clean_fraction: float | None = field(
         default=None,
         metadata={
-            "help": "Share of the training images that the defender has. Default: a fifth for a victim made here, "
+            "help": "Share of the training set that the defender has. Default: a fifth for a victim made here, "
             "which never sees them; for a given model all, or what it is known to have kept aside."
         },
     )
@@ -60,7 +52,7 @@ class DataArguments:
         default=None, metadata={"help": "Seed of the clean split. Default: the victim's own, else --seed."}
     )
 
-    def clean_count(self, training_images: int, otherwise: int | None = None) -> int:
+    def clean_count(self, training_samples: int, otherwise: int | None = None) -> int:
         """The size of the clean split: what was asked for, else `otherwise`, else a fifth.
 
         Raises:
@@ -75,39 +67,34 @@ class DataArguments:
         fraction = CLEAN_FRACTION if self.clean_fraction is None else self.clean_fraction
         if not 0 < fraction < 1:
             raise ValueError(f"--clean_fraction={fraction} has to lie between 0 and 1.")
-        count = round(fraction * training_images)
+        count = round(fraction * training_samples)
         if count < 1:
             raise ValueError(
-                f"--clean_fraction={fraction} of {training_images} training images is an empty clean "
+                f"--clean_fraction={fraction} of {training_samples} training samples is an empty clean "
                 "split: raise it, or set --clean_samples."
             )
         return count
 
 
-@dataclass
-class PurificationData(DataArguments):
-    """[`DataArguments`] of a purification."""
-
-    held_out_clean_samples: int = field(
-        default=0,
+def attack_field(input_kind: str, default: str) -> str | None:
+    """The argument `--attack` of a task: attacks on its kind of input, and which one is meant when none is named."""
+    return field(
+        default=None,
         metadata={
-            "help": "Clean images taken out of the clean split to measure accuracy on (validation_accuracy in "
-            "report.json): choose settings by them, never by ASR or the test images."
+            "help": f"{', '.join(attack_names(input_kind))}; or none, for a benign model to compare with. Default: "
+            f"{default} for a victim made here; for a given model the attack.json in its folder, without which no "
+            "attack is measured."
         },
     )
 
 
 @dataclass
 class AttackArguments:
-    """The backdoor: what ASR is measured with."""
+    """The backdoor: what ASR is measured with. A task of other inputs than images replaces the first three lines."""
 
-    attack: str | None = field(
-        default=None,
-        metadata={
-            "help": f"{', '.join(attack_names())}; or none, for a benign model to compare with. Default: badnets for "
-            "a victim made here; for a given model the attack.json in its folder, without which only ACC is measured."
-        },
-    )
+    input_kind: ClassVar[str] = "image"
+    default_attack: ClassVar[str] = "badnets"
+    attack: str | None = attack_field(input_kind, default_attack)
     attack_options: str | None = field(
         default=None, metadata={"help": "Options of the attack as name=value,name=value, e.g. alpha=0.6."}
     )
@@ -128,7 +115,10 @@ class AttackArguments:
                 f"--target_label={self.target_label} is not a class: the data have {num_labels}, "
                 f"0 to {num_labels - 1}."
             )
-        return make_attack(self.attack or "badnets", **self._options())
+        name, names = self.attack or self.default_attack, attack_names(self.input_kind)
+        if name not in names:
+            raise ValueError(f"{name!r} is not an attack on {self.input_kind} data: choose one of {', '.join(names)}.")
+        return make_attack(name, **self._options())
 
     def _options(self) -> dict:
         options = {"target_label": self.target_label}
@@ -148,12 +138,12 @@ class PoisonArguments(AttackArguments):
 
     poison_rate: float | None = field(
         default=None,
-        metadata={"help": "Share of the training images that are poisoned. Default: the attack's own, mostly 0.1."},
+        metadata={"help": "Share of the training set that is poisoned. Default: the attack's own, mostly 0.1."},
     )
     clean_model: str | None = field(
         default=None,
         metadata={
-            "help": "A model trained on clean images of the same kind, for attacks that learn their trigger on one. "
+            "help": "A model trained on clean data of the same kind, for attacks that learn their trigger on one. "
             "Default: one is trained first, as the victim is, without the poison."
         },
     )
@@ -161,7 +151,9 @@ class PoisonArguments(AttackArguments):
 
 @dataclass
 class ModelArguments:
-    """The model to be purified."""
+    """The model to be purified. A task says in a subclass which architectures it makes victims of."""
+
+    architecture: str
 
     model_name_or_path: str | None = field(
         default=None,
@@ -171,17 +163,8 @@ class ModelArguments:
         },
     )
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
-    image_processor_name: str | None = field(
-        default=None, metadata={"help": "Where to take the preprocessing from, if not from the model."}
-    )
-    architecture: str = field(
-        default="vit", metadata={"help": "Kind of victim made here.", "choices": ("vit", "resnet")}
-    )
     victims_dir: str = field(default="outputs/victims", metadata={"help": "Where victims made here are kept."})
-    augment: bool = field(
-        default=False,
-        metadata={"help": "Shift training images at random, and mirror them unless they are digits."},
-    )
+    augment: bool = field(default=False, metadata={"help": "Change training samples at random."})
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Replace what an earlier run left in --output_dir."}
     )
@@ -189,7 +172,7 @@ class ModelArguments:
 
 @dataclass
 class MethodArguments:
-    """What the backdoor is taken out by."""
+    """What the backdoor is taken out by, and what its settings may be chosen by."""
 
     method: str = field(
         default=FIP,
@@ -197,6 +180,13 @@ class MethodArguments:
             "help": "FIP, or another purifier to compare it with, with the settings of its own paper: each has "
             "arguments of its own, see --method nad --help.",
             "choices": (FIP, *method_names()),
+        },
+    )
+    held_out_clean_samples: int = field(
+        default=0,
+        metadata={
+            "help": "Samples taken out of the clean split to measure on (validation_accuracy, or the task's own "
+            "metric, in report.json): choose settings by them, never by ASR or the test set."
         },
     )
 
@@ -256,7 +246,7 @@ class VictimConfig(FIPConfig):
     learning_rate: float = field(default=2e-3, metadata={"help": "The initial learning rate."})
     weight_decay: float = field(default=0.05, metadata={"help": "Weight decay."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps of warm-up; below 1 a share of all."})
-    num_train_epochs: float = field(default=30.0, metadata={"help": "Passes over the training images."})
+    num_train_epochs: float = field(default=30.0, metadata={"help": "Passes over the training set."})
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Batch size a device."})
 
 

@@ -29,8 +29,9 @@ from ..evaluation.reactivation import PixelRange
 from ..plots import plot_audit
 from ..tasks.data import LabelledImages, split_clean
 from ..tasks.image_classification import PixelDataset, load_image_classifier, match_labels
-from .arguments import DataArguments, HelpFormatter, Parser
-from .images import channels_of, images_of, recorded_split
+from .arguments import HelpFormatter, Parser
+from .images import ImageData, channels_of, images_of
+from .recorded import recorded_split
 from .report import REPORT_NAME, non_default, versions
 from .run_folder import RunFolder, write_json
 from .terminal import say
@@ -80,7 +81,7 @@ class AuditArguments:
 
 def main() -> None:
     """`recipes/audit_image.py`."""
-    groups = (DataArguments, AuditArguments)
+    groups = (ImageData, AuditArguments)
     usage = "%(prog)s MODEL [--argument value ...]"
     parser = Parser(groups, description=__doc__, usage=usage, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("model", metavar="MODEL", help="A Hub id or folder of a model, or the folder of an adapter.")
@@ -92,7 +93,7 @@ def main() -> None:
     audit_image(rest.model, data, arguments)
 
 
-def audit_image(place: str, data: DataArguments, arguments: AuditArguments) -> None:
+def audit_image(place: str, data: ImageData, arguments: AuditArguments) -> None:
     """Audit a model, show what was found and write the folder `arguments.output_dir`."""
     given = {"model": place, **non_default(data, arguments)}
     given.pop("json", None)

@@ -1,4 +1,4 @@
-"""Purifications side by side: ACC, ASR, RA, DER, time, trainable parameters and file size, from their report.json.
+"""Purifications side by side: ACC (or the task's own metric), ASR, RA, DER, time, trainable parameters and file size.
 
 python recipes/compare_runs.py outputs/purify_vit outputs/purify_vit_fast
 """
@@ -9,6 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
+from ..evaluation.metrics import METRICS
 from .report import REPORT_NAME
 from .terminal import file_size, say
 
@@ -46,15 +47,16 @@ def _print_table(reports: dict[Path, dict]) -> None:
     from rich.table import Table
 
     table = Table()
-    for heading in ("", "ACC", "ASR", "RA", "DER", "seconds", "trained", "saved"):
+    keys = list(dict.fromkeys(key for report in reports.values() for key in report["before"]))
+    for heading in ("", *(METRICS[key][0] for key in keys), "DER", "seconds", "trained", "saved"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=bool(heading))
     first = next(iter(reports.values()))
-    table.add_row("received", *_percentages(first["before"]), "", "", "", "", end_section=True)
+    table.add_row("received", *_percentages(first["before"], keys), "", "", "", "", end_section=True)
     for folder, report in reports.items():
         cost = report["cost"]
         table.add_row(
             folder.name,
-            *_percentages(report["after"]),
+            *_percentages(report["after"], keys),
             "" if report["der"] is None else f"{report['der']:.1f}",
             f"{cost['seconds']:.1f}",
             f"{cost['trainable_parameters']:,}",
@@ -63,5 +65,5 @@ def _print_table(reports: dict[Path, dict]) -> None:
     Console().print(table)
 
 
-def _percentages(measured: dict) -> list[str]:
-    return ["" if measured[key] is None else f"{measured[key]:.1f}" for key in ("accuracy", "asr", "ra")]
+def _percentages(measured: dict, keys: list[str]) -> list[str]:
+    return ["" if measured.get(key) is None else f"{measured[key]:.1f}" for key in keys]

@@ -31,8 +31,9 @@ from ..evaluation.reactivation import SAMPLES, Perturbed, PixelRange, reactivate
 from ..evaluation.relearning import CLEAN_SHARE, TRIGGERED, RelearningConfig, attackers_images, relearning_trainer
 from ..tasks.data import LabelledImages, split_clean
 from ..tasks.image_classification import PixelDataset, load_image_classifier, match_labels
-from .arguments import COMMON_DEFAULTS, AttackArguments, DataArguments, parse
-from .images import attack_of, channels_of, images_of, make_test, reading, recorded_split
+from .arguments import COMMON_DEFAULTS, AttackArguments, parse
+from .images import ImageData, channels_of, images_of, make_test, reading
+from .recorded import attack_of, recorded_split
 from .report import REPORT_NAME, non_default, versions
 from .run_folder import RunFolder, write_json
 from .terminal import say, show_progress
@@ -83,12 +84,12 @@ class EvaluationArguments:
 
 def main() -> None:
     """`recipes/evaluate_image.py`."""
-    groups = (DataArguments, AttackArguments, EvaluationArguments, RelearningConfig)
+    groups = (ImageData, AttackArguments, EvaluationArguments, RelearningConfig)
     evaluate(*parse(groups, __doc__, output_dir="", **COMMON_DEFAULTS))
 
 
 def evaluate(
-    data: DataArguments, attack_arguments: AttackArguments, evaluation: EvaluationArguments, training: RelearningConfig
+    data: ImageData, attack_arguments: AttackArguments, evaluation: EvaluationArguments, training: RelearningConfig
 ) -> None:
     """Evaluate a model; print the report and, unless `training.output_dir` is empty, write it there."""
     arguments = non_default(data, attack_arguments, evaluation, training)
@@ -113,7 +114,7 @@ def evaluate(
 
 
 def _report(
-    data: DataArguments, attack_arguments: AttackArguments, evaluation: EvaluationArguments, training: RelearningConfig
+    data: ImageData, attack_arguments: AttackArguments, evaluation: EvaluationArguments, training: RelearningConfig
 ) -> dict:
     """Load everything and measure it."""
     place = evaluation.model_name_or_path
@@ -245,7 +246,7 @@ def _attack_source(evaluation: EvaluationArguments) -> str:
     return victim if isinstance(victim, str) and Path(victim).is_dir() else place
 
 
-def _seed_of_split(data: DataArguments, place: str, recorded: dict | None, training: RelearningConfig) -> int:
+def _seed_of_split(data: ImageData, place: str, recorded: dict | None, training: RelearningConfig) -> int:
     """What the images were split by when the model was made, so that its test images are still unseen."""
     purification = _json_object(Path(place) / REPORT_NAME)
     arguments = purification.get("arguments")

@@ -1,28 +1,140 @@
-"""What making a victim and purifying one have in common: images, attack and model from the arguments."""
+"""Image classification in the flow that all tasks share: its arguments, and its steps."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
-from safetensors import SafetensorError
 from torch import nn
 
-from ..attacks import Attack, load_attack, trigger
-from ..attacks.base import CONFIG_NAME
+from ..attacks import Attack, poison, trigger
+from ..attacks.material import Material
 from ..attacks.pixels import fitted
 from ..attacks.poison import to_array
+from ..attacks.victim import VictimTrainer
 from ..evaluation.backdoor import BackdoorTest
+from ..evaluation.reactivation import PixelRange
+from ..hub.card import CardWords
+from ..plots import plot_triggers
+from ..tasks.augmentation import disturb, shift_and_flip
 from ..tasks.data import DIGITS, LabelledImages, load_images
-from ..tasks.image_classification import PixelDataset, shift_and_flip
-from .arguments import AttackArguments, DataArguments
-from .report import REPORT_NAME
+from ..tasks.image_classification import (
+    PixelDataset,
+    load_image_classifier,
+    match_labels,
+    small_model,
+)
+from .arguments import DataArguments, MethodArguments, ModelArguments, PoisonArguments
+from .recorded import attack_of
+from .task import Task
 
 
-def images_of(data: DataArguments, seed: int) -> LabelledImages:
+@dataclass
+class ImageData(DataArguments):
+    """Which images, and which of them the defender has."""
+
+    dataset_name: str = field(
+        default=DIGITS,
+        metadata={
+            "help": "A Hub id, a folder (parquet files, or one folder of images a class), a parquet file, or "
+            "'digits': scikit-learn's handwritten digits, which need no download."
+        },
+    )
+    image_column: str | None = field(default=None, metadata={"help": "Column of the images. Guessed by default."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of the labels. Guessed by default."})
+
+
+@dataclass
+class ImageModel(ModelArguments):
+    """The image classifier to be purified."""
+
+    architecture: str = field(
+        default="vit", metadata={"help": "Kind of victim made here.", "choices": ("vit", "resnet")}
+    )
+    image_processor_name: str | None = field(
+        default=None, metadata={"help": "Where to take the preprocessing from, if not from the model."}
+    )
+    augment: bool = field(
+        default=False,
+        metadata={"help": "Shift training images at random, and mirror them unless they are digits."},
+    )
+
+
+@dataclass
+class ImageMethod(MethodArguments):
+    """What the backdoor is taken out by."""
+
+    disturb: bool = field(
+        default=False,
+        metadata={
+            "help": "Disturb the clean images at random while purifying: other images or noise blended in, warps, "
+            "contrast and brightness, erased squares. On by default for FIP (--disturb false), off for other methods."
+        },
+    )
+
+
+class ImageTask(Task):
+    """Any `AutoModelForImageClassification`."""
+
+    words = CardWords()
+    data_arguments, poison_arguments, model_arguments = ImageData, PoisonArguments, ImageModel
+    method_arguments = ImageMethod
+
+    def load_data(self, arguments, seed):
+        return images_of(arguments, seed)
+
+    def match(self, data, model):
+        return match_labels(data, model)
+
+    def reading(self, data):
+        return reading(data)
+
+    def inputs(self, dataset, model, processor):
+        return PixelDataset(dataset, processor, channels_of(model))
+
+    def load_model(self, place, arguments, revision=None):
+        return load_image_classifier(place, arguments.image_processor_name, revision=revision)
+
+    def new_model(self, arguments, data):
+        return small_model(arguments.architecture, data)
+
+    def augmentation(self, arguments, data):
+        return augmentation(arguments.augment, data)
+
+    def disturbance(self, arguments, data, model, processor):
+        if not arguments.disturb:
+            return None
+        height, width = to_array(data.train[0]["image"]).shape[:2]
+        return disturb(PixelRange.of(processor, height, width, channels_of(model)))
+
+    def attack(self, arguments, model_folder, data):
+        return attack_of(arguments, model_folder, len(data.class_names))
+
+    def material(self, dataset, model, processor, **options):
+        return Material.of(dataset, model.config.num_labels, processor, channels_of(model), **options)
+
+    def poison(self, dataset, attack, rate, seed):
+        return poison(dataset, attack, rate, seed)
+
+    def victim_trainer(self, attack, material):
+        return partial(VictimTrainer, attack=attack, material=material)
+
+    def clean_test(self, dataset, model, processor):
+        return BackdoorTest(self.inputs(dataset, model, processor))
+
+    def test(self, data, attack, model, processor):
+        return make_test(data, attack, processor, channels_of(model))
+
+    def draw(self, path, data, attack, model, answers):
+        target = wanted(attack, data.class_names)
+        examples = examples_of(data, attack, model, answers)
+        return plot_triggers(examples, path, target=target, title=f"Trigger: {attack.name}")
+
+
+def images_of(data: ImageData, seed: int) -> LabelledImages:
     """The images the arguments name."""
     return load_images(
         data.dataset_name,
@@ -36,45 +148,6 @@ def images_of(data: DataArguments, seed: int) -> LabelledImages:
         seed=seed,
         revision=data.dataset_revision,
     )
-
-
-def attack_of(arguments: AttackArguments, model_folder: str | None, num_labels: int) -> Attack | None:
-    """The attack that the arguments name; else the one saved in the model's folder; None when neither is there.
-
-    Raises:
-        ValueError: when the folder's attack.json is not a valid attack, or options are given for no attack.
-    """
-    if arguments.attack is not None or model_folder is None:
-        return arguments.make(num_labels)
-    if arguments.attack_options or arguments.target_label:
-        raise ValueError("--attack_options and --target_label describe an attack: name it, with --attack.")
-    if not (Path(model_folder) / CONFIG_NAME).is_file():
-        return None
-    try:
-        attack = load_attack(model_folder)
-        attack.attack_label([0], num_labels)  # the target has to be a class of these data
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{model_folder}: attack.json or attack.safetensors is not valid: {error}") from error
-    return attack
-
-
-def recorded_split(model_folder: str | None) -> dict | None:
-    """The clean split that a victim made here was trained without; None when the model's folder tells of none.
-
-    Its `seed` and `samples`, and the `data` (name) and number of training images, `out_of`, that it was taken from.
-
-    Raises:
-        ValueError: when report.json tells of one, in other terms.
-    """
-    path = Path(model_folder or "") / REPORT_NAME
-    try:
-        split = json.loads(path.read_text(encoding="utf-8"))["clean_split"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    try:
-        return {"data": str(split["data"]), **{key: int(split[key]) for key in ("seed", "samples", "out_of")}}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: clean_split is not that of a victim trained by this version of hf_fip.") from error
 
 
 EXAMPLES = 6  # columns of a picture of triggers

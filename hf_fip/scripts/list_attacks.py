@@ -10,7 +10,7 @@ import argparse
 import inspect
 from dataclasses import fields
 
-from ..attacks import Attack, attack_class, attack_names
+from ..attacks import BaseAttack, attack_class, attack_names, input_kinds
 
 
 def main() -> None:
@@ -28,16 +28,20 @@ def _print_table() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table()
-    for heading in ("attack", "labels", "rate", "learned", ""):
-        table.add_column(heading, no_wrap=bool(heading))
-    for name in attack_names():
-        cls = attack_class(name)
-        labels = "kept" if cls.clean_label else cls.label_rule.replace("_", "-")
-        what = inspect.getmodule(cls).__doc__.split("\n")[0]
-        table.add_row(name, labels, f"{cls.default_rate:g}", _learns(cls), what)
-    Console().print(table)
-    print("Options of each: hf-fip attacks NAME. Train a victim: hf-fip backdoor --attack NAME.")
+    console = Console()
+    for kind in input_kinds():
+        table = Table(title=f"Input: {kind.replace('_', ' ')}", title_justify="left")
+        for heading in ("attack", "labels", "rate", "learned", ""):
+            table.add_column(heading, no_wrap=bool(heading))
+        for name in attack_names(kind):
+            cls = attack_class(name)
+            what = inspect.getmodule(cls).__doc__.split("\n")[0]
+            table.add_row(name, _labels(cls), f"{cls.default_rate:g}", _learns(cls), what)
+        console.print(table)
+    print(
+        "Options of each: hf-fip attacks NAME. Train a victim: hf-fip backdoor --attack NAME, for images; for others"
+    )
+    print("recipes/backdoor_*.py.")
 
 
 def _print_attack(name: str) -> None:
@@ -48,8 +52,15 @@ def _print_attack(name: str) -> None:
         print(f"  {field.name}={field.default}")
 
 
+def _labels(cls: type) -> str:
+    """What becomes of the labels, where there are any."""
+    if getattr(cls, "clean_label", False):
+        return "kept"
+    return getattr(cls, "label_rule", "").replace("_", "-")
+
+
 def _learns(cls: type) -> str:
     """What has to be trained beside the victim."""
-    if cls.triggers_in_training:
+    if getattr(cls, "triggers_in_training", False):
         return "with the victim"
-    return "" if cls.fit is Attack.fit else "first"
+    return "" if cls.fit is BaseAttack.fit else "first"

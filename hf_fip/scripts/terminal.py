@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
+from ..evaluation.metrics import METRICS
+
 # What a wrong argument, file or place raises, or a full disk or memory; anything else is a bug with its traceback.
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, SafetensorError, torch.OutOfMemoryError)
 
@@ -109,10 +111,10 @@ def print_comparison(before: dict, after: dict, der: float | None, cost: dict) -
     table = Table()
     for heading, side in (("%", "left"), ("before", "right"), ("after", "right"), ("change", "right")):
         table.add_column(heading, justify=side)
-    names = {"accuracy": "ACC  clean accuracy", "asr": "ASR  attack success rate", "ra": "RA   robust accuracy"}
-    for key, name in names.items():
-        if before[key] is not None:
-            table.add_row(name, f"{before[key]:.1f}", f"{after[key]:.1f}", f"{after[key] - before[key]:+.1f}")
+    for key, value in before.items():
+        if value is not None:
+            short, long = METRICS[key]
+            table.add_row(f"{short:4} {long}", f"{value:.1f}", f"{after[key]:.1f}", f"{after[key] - value:+.1f}")
     if der is not None:
         table.add_row("DER  (50 = no effect)", "", f"{der:.1f}", "")
     Console().print(table)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,24 +62,59 @@ def load_images(
     Raises:
         ValueError: when the data, a split or a column cannot be found; the message lists what is there.
     """
-    splits = _digits() if name_or_path == DIGITS else _load(name_or_path, config_name, token, revision)
-    train_split = _pick_split(splits, train_split, ("train", "training"), name_or_path, "--train_split")
+    splits = _digits() if name_or_path == DIGITS else load_splits(name_or_path, config_name, token, revision)
+    train, test = train_and_test(
+        splits,
+        name_or_path,
+        lambda part: image_and_label(part, image_column, label_column),
+        train_split=train_split,
+        test_split=test_split,
+        max_train_samples=max_train_samples,
+        max_test_samples=max_test_samples,
+        seed=seed,
+    )
+    return LabelledImages(train, test, name_or_path)
+
+
+def train_and_test(
+    splits: DatasetDict,
+    name: str,
+    columns: Callable[[Dataset], Dataset],
+    *,
+    train_split: str | None,
+    test_split: str | None,
+    max_train_samples: int | None,
+    max_test_samples: int | None,
+    seed: int,
+) -> tuple[Dataset, Dataset]:
+    """Training and test data with the same classes, from the splits of a data set.
+
+    Args:
+        splits: what was found.
+        name: of the data set, for messages.
+        columns: makes of a split the columns that are wanted, among them `label`.
+        train_split, test_split, max_train_samples, max_test_samples, seed: as in `load_images`.
+
+    Raises:
+        ValueError: as in `load_images`.
+    """
+    train_split = _pick_split(splits, train_split, ("train", "training"), name, "--train_split")
     names = [train_split]
     if test_split or set(_TEST_NAMES) & set(splits):
-        names.append(_pick_split(splits, test_split, _TEST_NAMES, name_or_path, "--test_split"))
+        names.append(_pick_split(splits, test_split, _TEST_NAMES, name, "--test_split"))
     if names[1:] == [train_split]:
         raise ValueError(f"The split {train_split!r} cannot be both for training and for testing. Set --test_split.")
-    for name in names:
-        if len(splits[name]) < 3 - len(names):
-            raise ValueError(f"{name_or_path}: the split {name!r} has {len(splits[name])} rows, which is too few.")
-    parts = with_classes(*(image_and_label(splits[name], image_column, label_column) for name in names))
+    for split in names:
+        if len(splits[split]) < 3 - len(names):
+            raise ValueError(f"{name}: the split {split!r} has {len(splits[split])} rows, which is too few.")
+    parts = with_classes(*(columns(splits[split]) for split in names))
     if len(parts) == 1:
         rows = np.random.default_rng(seed).permutation(len(parts[0]))
         held_out = math.ceil(_HELD_OUT * len(rows))
         parts = [parts[0].select(rows[held_out:]), parts[0].select(rows[:held_out])]
     train = _random_part(parts[0], max_train_samples, seed, "max_train_samples")
     test = _random_part(parts[1], max_test_samples, seed, "max_test_samples")
-    return LabelledImages(train, test, name_or_path)
+    return train, test
 
 
 def split_clean(train: Dataset, samples: int, seed: int) -> tuple[Dataset, Dataset]:
@@ -99,7 +135,14 @@ def split_clean(train: Dataset, samples: int, seed: int) -> tuple[Dataset, Datas
     return train.select(np.sort(order[:samples])), train.select(np.sort(order[samples:]))
 
 
-def _load(path: str, config_name: str | None, token: str | bool | None, revision: str | None) -> DatasetDict:
+def load_splits(
+    path: str, config_name: str | None = None, token: str | bool | None = None, revision: str | None = None
+) -> DatasetDict:
+    """The splits of a data set: a Hub id, a folder or a parquet file.
+
+    Raises:
+        ValueError: when there is none, or it cannot be read.
+    """
     is_local = os.path.exists(path)
     if not is_local and (path.startswith((".", "/", "~")) or path.endswith(".parquet") or not path):
         raise ValueError(f"{path!r} does not exist. Set --dataset_name to a folder, a parquet file or a Hub id.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import PIL.Image
 import torch
@@ -123,7 +125,7 @@ def match_labels(images: LabelledImages, model: nn.Module) -> LabelledImages:
     names = [str(model.config.id2label.get(number, number)) for number in range(model.config.num_labels)]
     if len(set(names)) == len(names) and set(images.class_names) <= set(names):
         train, test = with_classes(images.train, images.test, names=names)
-        return LabelledImages(train, test, images.name)
+        return replace(images, train=train, test=test)
     if len(images.class_names) > len(names):
         raise ValueError(
             f"{images.name} has {len(images.class_names)} classes and the model answers {len(names)}: "
@@ -175,35 +177,6 @@ def small_resnet(class_names: list[str], image_size: int, channels: int) -> tupl
 
 
 ARCHITECTURES = {"vit": small_vit, "resnet": small_resnet}
-
-
-def shift_and_flip(share: float, flip: bool):
-    """The usual augmentation as a batch transform: a random crop after padding by reflection, and a mirror image.
-
-    Args:
-        share: largest shift, as a share of the image's height.
-        flip: whether to mirror half of the images (not for digits or text).
-
-    Returns:
-        A function of a batch with `pixel_values` of shape (B, C, H, W); draws from torch's global generator.
-    """
-
-    def transform(batch: dict) -> dict:
-        pixels = batch["pixel_values"]
-        count, _, height, width = pixels.shape
-        padding = max(1, round(share * height))
-        padded = nn.functional.pad(pixels, (padding,) * 4, mode="reflect")
-        top, left = torch.randint(0, 2 * padding + 1, (2, count), device=pixels.device)
-        rows = torch.arange(height, device=pixels.device) + top[:, None]
-        columns = torch.arange(width, device=pixels.device) + left[:, None]
-        if flip:
-            mirrored = torch.rand(count, device=pixels.device) < 0.5
-            columns = torch.where(mirrored[:, None], columns.flip(1), columns)
-        index = torch.arange(count, device=pixels.device)[:, None, None]
-        cropped = padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]]
-        return {**batch, "pixel_values": cropped.permute(0, 3, 1, 2).contiguous()}
-
-    return transform
 
 
 def _labels(class_names: list[str]) -> dict:

@@ -9,7 +9,7 @@ import pytest
 from recipe_cases import SHORT, SMALL, assert_same_weights, fork, left_in, report_of
 
 from hf_fip.evaluation.backdoor import PurificationCurve
-from hf_fip.scripts import purify_image
+from hf_fip.scripts import purification
 
 LONG = [*SMALL, "--max_steps", "6", "--save_steps", "2", "--per_device_train_batch_size", "4", "--eta_r", "0.1"]
 FAST = ["--adapter", "singular"]
@@ -20,7 +20,7 @@ KILLS = {  # recipe, arguments, the point of the program where it is killed
     "in training an adapter": ("purify_vit", [*LONG, *FAST], ("transformers.Trainer.training_step", 5)),
     "writing a checkpoint": ("purify_vit", LONG, ("transformers.Trainer._save_rng_state", 2)),
     "measuring the result": ("purify_vit", LONG, ("hf_fip.evaluation.backdoor.BackdoorTest.measure", 9)),
-    "writing the result": ("purify_vit", LONG, ("hf_fip.scripts.purify_image.make_card", 1)),
+    "writing the result": ("purify_vit", LONG, ("hf_fip.scripts.purification.make_card", 1)),
     "moving the result": ("purify_vit", LONG, ("hf_fip.scripts.run_folder.RunFolder.publish", 1)),
 }
 
@@ -113,7 +113,7 @@ def test_an_unfinished_run_is_discarded_when_asked_to(victim, run, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(purify_image, "make_card", stop)
+        patch.setattr(purification, "make_card", stop)
         assert run("purify_vit", *LONG, *arguments)[0] == 130
     code, out, _ = run("purify_vit", *SHORT, *arguments)
     assert code == 0 and "Going on" not in out

@@ -1,0 +1,169 @@
+"""What the study runs: victims, purifiers with their settings, and the suites made of them.
+
+Development victims, on which settings were found, have the seeds 100 and above (and, of the published ones, I-BAU's
+BadNets victim is one): none of their rows is in a table of seeds 1, 2 and 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from study_run import RELEASED, Cell, Method, Victim
+
+from hf_fip.config import FAST_FIP
+from hf_fip.scripts.purify_image import ETA_F, FAST_FIP_RATES, FAST_FIP_STEPS, FIP_SETTINGS
+from hf_fip.tasks.data import DIGITS
+
+SEEDS = (1, 2, 3)
+RELEASED_WEIGHTS = (0.5, 0.005)  # the released default, and what its author advises
+RATES = (0.01, 0.05, 0.2)  # of plain fine-tuning with its own learning rate
+BASELINES = ("ft", "ft_sam", "nad", "fst", "nft", "clp", "anp", "i_bau", "rnp", "awm")
+# What 8×8 pixels of gray need otherwise than the attacks' defaults (see benchmarks/attacks.py).
+DIGITS_ATTACKS = {
+    "badnets": (),
+    "blend": (),
+    "sig": (("attack_options", "delta=200,frequency=3"),),
+    "wanet": (("attack_options", "strength=2.0,cover_rate=0.0"), ("poison_rate", "0.2")),
+}
+CIFAR_OPTIONS = (
+    ("max_train_samples", "10000"),
+    ("max_test_samples", "2000"),
+    ("clean_samples", "1000"),
+    ("num_train_epochs", "15"),
+    ("augment", "true"),
+)
+PUBLISHED = ("ibau_smallvgg_cifar10_badnets_t8", "ibau_smallvgg_cifar10_trojan_wm_t2", "lth_resnet20_cifar10_rgb_t0")
+PUBLISHED_BENIGN = "clean_resnet20_cifar10"
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the user has what a suite needs."""
+
+    cifar10: str | None = None
+    victims: str | None = None
+    released_code: str | None = None
+
+
+def fip(family: str, **arguments) -> dict:
+    """The arguments of FIP: the recipes' defaults."""
+    settings = {name: value for name, value in FIP_SETTINGS.items() if name != "disturb"}
+    return settings | {"eta_f": ETA_F[family]} | arguments
+
+
+def fast_fip(family: str, **arguments) -> dict:
+    """The arguments of Fast FIP: the recipes' defaults."""
+    return fip(family) | FAST_FIP | {"max_steps": FAST_FIP_STEPS, "learning_rate": FAST_FIP_RATES[family]} | arguments
+
+
+def purifiers(places: Places, family: str, augment: bool) -> list[Method]:
+    """All purifiers and the controls of FIP: each baseline with the settings of its paper.
+
+    Args:
+        places: with a clone of the released code, that is one more, for the ResNets: it cannot train a ViT, whose
+            attention has no second derivative.
+        family: `vit` or `resnet`.
+        augment: shift (and mirror) the clean images, for every method.
+    """
+    shared = {"augment": augment}
+    ours = {**shared, "disturb": True}
+    purifiers = [
+        Method("FIP", arguments=fip(family), **ours),
+        Method("FIP, control (eta_f 0)", arguments=fip(family, eta_f=0.0), **ours),
+        Method("FIP, undisturbed", arguments=fip(family), **shared),
+        Method("control, undisturbed", arguments=fip(family, eta_f=0.0), **shared),
+        Method("fine-tuning, own rate", arguments=fip(family, eta_f=0.0), learning_rates=RATES, **shared),
+        Method("Fast FIP", arguments=fast_fip(family), adapter=True, **ours),
+        Method("Fast FIP, control (eta_f 0)", arguments=fast_fip(family, eta_f=0.0), adapter=True, **ours),
+        *(Method(name, name, **shared) for name in BASELINES),
+    ]
+    if places.released_code and family == "resnet":
+        for weight in RELEASED_WEIGHTS:
+            arguments = {"clone": places.released_code, "reg_F": weight}
+            purifiers.append(Method(f"released code, {weight}", RELEASED, arguments, **shared))
+    return purifiers
+
+
+def digits(places: Places) -> list[Cell]:
+    """Handwritten digits, 8×8, a ViT and a ResNet of 78,000 parameters: four attacks, all purifiers, relearning."""
+    return [
+        Cell(Victim(DIGITS, family, attack, seed, options), method, relearn=True)
+        for family in ("resnet", "vit")
+        for method in purifiers(places, family, augment=False)
+        for attack, options in DIGITS_ATTACKS.items()
+        for seed in SEEDS
+    ]
+
+
+def digits_benign(places: Places) -> list[Cell]:
+    """What purification costs models of the digits that never had a backdoor."""
+    return [
+        Cell(Victim(DIGITS, family, "none", seed), method)
+        for family in ("resnet", "vit")
+        for method in purifiers(places, family, augment=False)
+        for seed in SEEDS
+    ]
+
+
+def digits_clean(places: Places) -> list[Cell]:
+    """Fewer clean images: 10, 30, 90 of the digits' 1,347 training images (0.7 %, 2.2 %, 6.7 %), and all 269."""
+    return [
+        Cell(Victim(DIGITS, family, "badnets", seed), method, clean_samples=count)
+        for family in ("resnet", "vit")
+        for method in purifiers(places, family, augment=False)[:5]
+        for count in (10, 30, 90)
+        for seed in SEEDS
+    ]
+
+
+def digits_poison(places: Places) -> list[Cell]:
+    """Other shares of poisoned images: 1 % and 5 % (0.1 % is one image of the digits)."""
+    return [
+        Cell(Victim(DIGITS, family, "badnets", seed, (("poison_rate", rate),)), method)
+        for family in ("resnet", "vit")
+        for method in purifiers(places, family, augment=False)[:5]
+        for rate in ("0.01", "0.05")
+        for seed in SEEDS
+    ]
+
+
+def digits_adaptive(places: Places) -> list[Cell]:
+    """Victims of an attacker who knows FIP and trains with the trace penalty (eta_f 0.01, of Tr F, throughout)."""
+    adapted = (("eta_f", "0.01"), ("trace_form", "trace"), ("eta_f_schedule", "constant"))
+    return [
+        Cell(Victim(DIGITS, family, "badnets", seed, adapted), method)
+        for family in ("resnet", "vit")
+        for method in purifiers(places, family, augment=False)[:6]
+        for seed in SEEDS
+    ]
+
+
+def cifar10(places: Places) -> list[Cell]:
+    """CIFAR-10, 10,000 training images of which 1,000 are clean; a ResNet of 1.2 M parameters."""
+    if places.cifar10 is None:
+        raise SystemExit("This suite needs --cifar10, the folder or Hub id of CIFAR-10.")
+    return [
+        Cell(Victim(places.cifar10, "resnet", attack, seed, CIFAR_OPTIONS), method)
+        for seed in SEEDS
+        for attack in ("blend", "sig", "badnets", "wanet")
+        for method in purifiers(places, "resnet", augment=True)
+    ]
+
+
+def published(places: Places) -> list[Cell]:
+    """Victims that others published, and a benign ResNet-20: 1,000 clean images."""
+    if places.cifar10 is None or places.victims is None:
+        raise SystemExit("This suite needs --cifar10 and --victims, the folder of the published victims.")
+    return [
+        Cell(Victim(places.cifar10, "resnet", name, seed, published=places.victims), method, clean_samples=1000)
+        for name in (*PUBLISHED, PUBLISHED_BENIGN)
+        for method in purifiers(places, "resnet", augment=True)
+        for seed in SEEDS
+    ]
+
+
+SUITES: dict[str, Callable[[Places], list[Cell]]] = {
+    suite.__name__: suite
+    for suite in (digits, digits_benign, digits_clean, digits_poison, digits_adaptive, cifar10, published)
+}

@@ -1,0 +1,167 @@
+"""Tables and the picture of ACC and ASR, from the rows of a suite."""
+
+from __future__ import annotations
+
+import platform
+from collections import defaultdict
+from pathlib import Path
+
+from hf_fip.drawing import LIGHT, figure
+from hf_fip.evaluation import over_seeds
+from hf_fip.evaluation.metrics import WEAK_VICTIM
+from hf_fip.evaluation.seeds import Spread
+
+COLUMNS = ("ACC", "ΔACC", "ASR", "RA", "DER", "ASR relearned", "seconds", "trained")
+
+
+def write(results: Path, suite: str, command: str, title: str, rows: list[dict], missing: int) -> str:
+    """Write SUITE.md and SUITE.png; give the text of the former."""
+    finished = [row for row in rows if "failed" not in row]
+    first = finished[0]
+    machine = f"{platform.machine()} {first['device']}"
+    lines = [
+        f"# {suite}: {title}\n",
+        f"`{command}`\n",
+        "Percent, mean ± standard deviation. ACC on the test images, ASR and RA on those of them whose true class is "
+        "not the target; ΔACC is ACC after minus before; DER is 50 for no effect. ASR relearned: after 5 epochs on "
+        "2 % clean and 5 triggered images. Seconds of one thread, with other runs beside it. "
+        + ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+        + f", {machine}.\n",
+    ]
+    if missing:
+        lines.append(f"{missing} of {missing + len(rows)} runs have not been made; their cells are empty.\n")
+    for family, group in _grouped(finished, _group).items():
+        lines += [f"## {family}\n", *_summary(group), "", *_by_attack(group), ""]
+    lines += _failed([row for row in rows if "failed" in row])
+    lines += _chosen_rates(finished)
+    text = "\n".join(lines).rstrip() + "\n"
+    (results / f"{suite}.md").write_text(text, encoding="utf-8")
+    if any(row["der"] is not None for row in finished):
+        _draw(results / f"{suite}.png", finished, title)
+    return text
+
+
+def _group(row: dict) -> str:
+    """What one table is about: a kind of model, with what else the suite varies."""
+    victim, cell = row["cell"]["victim"], row["cell"]
+    varied = [f"{key} {value}" for key, value in victim["options"] if key in ("poison_rate",) and _is_varied(victim)]
+    if cell["clean_samples"] and not victim["published"]:
+        varied.append(f"{cell['clean_samples']} clean images")
+    name = victim["family"] if not victim["published"] else "benign" if row["der"] is None else "backdoored"
+    return ", ".join([name, *varied])
+
+
+def _is_varied(victim: dict) -> bool:
+    return victim["attack"] == "badnets"  # whose rate is the default's elsewhere
+
+
+def _grouped(rows: list[dict], key) -> dict[str, list[dict]]:
+    groups = defaultdict(list)
+    for row in rows:
+        groups[key(row)].append(row)
+    return dict(groups)
+
+
+def _method(row: dict) -> str:
+    return row["cell"]["method"]["name"]
+
+
+def _attack(row: dict) -> str:
+    return row["cell"]["victim"]["attack"]
+
+
+def _summary(rows: list[dict]) -> list[str]:
+    """One line a method, over all attacks and seeds; the deviation is that of the seeds' means over the attacks."""
+    before = _mean_of_seeds(rows)["before"]
+    asr = "" if before.get("asr") is None else f", ASR {before['asr']}"
+    lines = [f"Before: ACC {before['accuracy']}{asr}.\n", "| method | " + " | ".join(COLUMNS) + " | runs |"]
+    lines.append("|---" * (len(COLUMNS) + 2) + "|")
+    for name, runs in _grouped(rows, _method).items():
+        mean = _mean_of_seeds(runs)
+        after, relearned = mean["after"], mean.get("relearned", {})
+        values = (after["accuracy"], mean["change"], after.get("asr"), after.get("ra"), mean.get("der"))
+        cells = [_text(value) for value in (*values, relearned.get("asr"), mean["seconds"])]
+        lines.append(f"| {name} | {' | '.join(cells)} | {runs[0]['trained']:,} | {len(runs)} |")
+    return lines
+
+
+def _mean_of_seeds(rows: list[dict]) -> dict:
+    """Means over the attacks first, for each seed, then over the seeds."""
+    by_seed = _grouped(rows, lambda row: row["cell"]["victim"]["seed"])
+    seeds = []
+    for runs in by_seed.values():
+        runs = [run | {"change": run["after"]["accuracy"] - run["before"]["accuracy"]} for run in runs]
+        seeds.append(_plain(over_seeds([{key: run[key] for key in run if key != "cell"} for run in runs])))
+    return over_seeds(seeds)
+
+
+def _plain(value):
+    """The means of a report of `Spread`s."""
+    return {key: _plain(inner) for key, inner in value.items()} if isinstance(value, dict) else value.mean
+
+
+def _by_attack(rows: list[dict]) -> list[str]:
+    """ACC / ASR of each method on each attack, over the seeds; the victims' first."""
+    attacks = list(dict.fromkeys(map(_attack, rows)))
+    lines = ["| ACC / ASR | " + " | ".join(attacks) + " |", "|---" * (len(attacks) + 1) + "|"]
+
+    def line(name: str, runs: list[dict], moment: str) -> str:
+        cells = []
+        for attack in attacks:
+            values = [run[moment] for run in runs if _attack(run) == attack]
+            mean = over_seeds(values) if values else {}
+            cells.append(" / ".join(_text(mean[key]) for key in ("accuracy", "asr") if key in mean))
+        return f"| {name} | {' | '.join(cells)} |"
+
+    received = {(_attack(row), row["cell"]["victim"]["seed"]): row for row in rows}
+    lines.append(line("received", list(received.values()), "before"))
+    lines += [line(name, runs, "after") for name, runs in _grouped(rows, _method).items()]
+    weak = sorted({_attack(row) for row in received.values() if (row["before"]["asr"] or 100) < WEAK_VICTIM})
+    if weak:
+        lines.append(f"\nSome victims had an ASR below {WEAK_VICTIM:.0f} % before purification: {', '.join(weak)}.")
+    return lines
+
+
+def _failed(rows: list[dict]) -> list[str]:
+    if not rows:
+        return []
+    counts = _grouped(rows, lambda row: f"{row['cell']['victim']['family']}, {_method(row)}: {row['failed'][:160]}")
+    return [
+        "Not defined for the model, or diverged:\n",
+        *(f"- {len(runs)} × {why}" for why, runs in counts.items()),
+        "",
+    ]
+
+
+def _chosen_rates(rows: list[dict]) -> list[str]:
+    chosen = [
+        f"{row['cell']['victim']['family']} {_attack(row)} {row['cell']['victim']['seed']}: {row['learning_rate']}"
+        for row in rows
+        if "learning_rate" in row
+    ]
+    return [f"Learning rates chosen on held-out clean images: {', '.join(chosen)}."] if chosen else []
+
+
+def _text(value: Spread | None) -> str:
+    return "" if value is None else str(value)
+
+
+def _draw(path: Path, rows: list[dict], title: str) -> None:
+    """Mean loss of ACC against mean ASR, one mark a method, one panel a table."""
+    groups = {name: group for name, group in _grouped(rows, _group).items() if group[0]["der"] is not None}
+    with figure(path, 5.2 * len(groups), 4.6, layout="constrained") as drawn:
+        axes = drawn.subplots(1, len(groups), squeeze=False)[0]
+        drawn.suptitle(title, fontsize=10)
+        for axis, (name, group) in zip(axes, groups.items(), strict=True):
+            for method, runs in _grouped(group, _method).items():
+                mean = _mean_of_seeds(runs)
+                ours = "FIP" in method
+                colour = LIGHT.vermillion if "Fast" in method else LIGHT.blue if ours else LIGHT.grey
+                x, y = -mean["change"].mean, mean["after"]["asr"].mean
+                axis.plot(
+                    x, y, "o" if ours else "s", color=colour, fillstyle="none" if "control" in method else "full"
+                )
+                axis.annotate(f" {method}", (x, y), fontsize=7, color=colour)
+            axis.set(title=name, xlabel="ACC lost (points)", ylabel="ASR (percent)", ylim=(-3, 103))
+            axis.margins(x=0.25)
+            axis.grid(True)

@@ -1,0 +1,35 @@
+"""Models that transformers lacks. Importing this package makes transformers' Auto classes know them."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
+
+from .conv_seq2seq import ConvSeq2SeqConfig, ConvSeq2SeqForConditionalGeneration
+from .lstm_seq2seq import LSTMSeq2SeqConfig, LSTMSeq2SeqForConditionalGeneration
+from .point_cloud import AutoModelForPointCloudClassification
+from .pointnet import PointNetConfig, PointNetForPointCloudClassification, PointNetModel
+from .pointnet2 import PointNet2Config, PointNet2ForPointCloudClassification, PointNet2Model
+
+# Auto class -> the models it is to load
+_MODELS = {
+    AutoModel: (PointNetModel, PointNet2Model),
+    AutoModelForPointCloudClassification: (PointNetForPointCloudClassification, PointNet2ForPointCloudClassification),
+    AutoModelForSeq2SeqLM: (ConvSeq2SeqForConditionalGeneration, LSTMSeq2SeqForConditionalGeneration),
+}
+
+__all__ = [
+    "AutoModelForPointCloudClassification",
+    "PointNet2Config",
+    "PointNet2ForPointCloudClassification",
+    "PointNet2Model",
+    "PointNetConfig",
+    "PointNetForPointCloudClassification",
+    "PointNetModel",
+    "ConvSeq2SeqConfig",
+    "ConvSeq2SeqForConditionalGeneration",
+    "LSTMSeq2SeqConfig",
+    "LSTMSeq2SeqForConditionalGeneration",
+]
+
+for _auto_class, _models in _MODELS.items():
+    for _model in _models:
+        AutoConfig.register(_model.config_class.model_type, _model.config_class, exist_ok=True)
+        _auto_class.register(_model.config_class, _model)

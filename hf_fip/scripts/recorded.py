@@ -1,0 +1,56 @@
+"""What the folder of a victim made here tells: its attack, and the clean split that it never saw."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from ..attacks import Attack, load_attack
+from ..attacks.base import CONFIG_NAME
+from .arguments import AttackArguments
+from .report import REPORT_NAME
+
+
+def attack_of(arguments: AttackArguments, model_folder: str | None, num_labels: int) -> Attack | None:
+    """The attack that the arguments name; else the one saved in the model's folder; None when neither is there.
+
+    Raises:
+        ValueError: when the folder's attack.json is not a valid attack on such data, or options are given for no
+            attack.
+    """
+    if arguments.attack is not None or model_folder is None:
+        return arguments.make(num_labels)
+    if arguments.attack_options or arguments.target_label:
+        raise ValueError("--attack_options and --target_label describe an attack: name it, with --attack.")
+    if not (Path(model_folder) / CONFIG_NAME).is_file():
+        return None
+    try:
+        attack = load_attack(model_folder)
+        if attack.input_kind != arguments.input_kind:
+            raise ValueError(f"{attack.name} is an attack on {attack.input_kind} data.")
+        if isinstance(attack, Attack):
+            attack.attack_label([0], num_labels)  # the target has to be a class of these data
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{model_folder}: attack.json or attack.safetensors is not valid: {error}") from error
+    return attack
+
+
+def recorded_split(model_folder: str | None) -> dict | None:
+    """The clean split that a victim made here was trained without; None when the model's folder tells of none.
+
+    Its `seed` and `samples`, and the `data` (name) and number of training samples, `out_of`, that it was taken from.
+
+    Raises:
+        ValueError: when report.json tells of one, in other terms.
+    """
+    path = Path(model_folder or "") / REPORT_NAME
+    try:
+        split = json.loads(path.read_text(encoding="utf-8"))["clean_split"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    try:
+        return {"data": str(split["data"]), **{key: int(split[key]) for key in ("seed", "samples", "out_of")}}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: clean_split is not that of a victim trained by this version of hf_fip.") from error
