@@ -9,10 +9,10 @@ PEFT   := $(shell sed -n 's/^peft==//p' constraints.txt)
 TESTS  := .venv/.peft-$(PEFT)-tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test style quality clean
+.PHONY: help install demo test study-small style quality clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## make .venv and install hf_fip with its test tools at the tested versions
 
@@ -37,6 +37,10 @@ demo: $(STAMP)  ## take a backdoor out of a small ViT, by FIP and by Fast FIP, o
 
 test: $(STAMP) $(TESTS)  ## run the whole test suite (more arguments: ARGS="-k fisher -x")
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
+
+study-small: $(STAMP)  ## the study on the handwritten digits, from nothing: under two hours on two cores
+	$(PY) benchmarks/study.py --suite digits
+	$(PY) benchmarks/study.py --suite digits_benign
 
 style: $(STAMP)  ## format the code and fix what ruff can fix
 	$(PY) -m ruff format .

@@ -116,9 +116,7 @@ def load_published(folder: Path) -> tuple[nn.Module, ViTImageProcessor, Attack |
     card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
     weights = load_file(folder / "model.safetensors")
     kind = SmallVGG if "classifier.weight" in weights else ResNet20
-    model = kind(
-        head=next((name.split(".")[0] for name in weights if name.endswith((".bias",)) and "bn" not in name), "")
-    )
+    model = kind(head="linear" if "linear.weight" in weights else "fc")
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

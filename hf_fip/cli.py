@@ -11,6 +11,7 @@ COMMANDS = {
     "backdoor": ("backdoor_image", "train an image classifier with a backdoor, to practise on"),
     "evaluate": ("evaluate_image", "measure ACC, ASR and RA of a model, also after an attacker's next moves"),
     "audit": ("audit_image", "look for backdoors in a model without knowing the trigger"),
+    "curvature": ("analyze_curvature", "measure how sharp the minimum is that a model sits in"),
     "attacks": ("list_attacks", "list the attacks and their options"),
     "compare": ("compare_runs", "put purifications side by side"),
 }

@@ -13,7 +13,7 @@ TRACE_FORMS = ("log_trace", "trace")
 SCHEDULES = ("linear", "constant", "cosine")
 
 # What Fast FIP wants otherwise: shifts of singular values are few, and each of them moves a whole direction.
-FAST_FIP = {"eta_f": 0.01, "trace_interval": 1, "max_loss_rise": 0.75, "learning_rate": 0.5, "warmup_steps": 0.1}
+FAST_FIP = {"eta_f": 0.01, "max_loss_rise": 0.75, "learning_rate": 0.5, "warmup_steps": 0.1}
 
 
 @dataclass

@@ -8,7 +8,7 @@ report.json (everything measured) and plots/.
     python recipes/purify_vit.py --adapter singular --output_dir outputs/adapter      (Fast FIP: a small adapter)
     accelerate launch recipes/purify_vit.py --model_name_or_path someone/model --dataset_name cifar10
     python recipes/purify_cnn.py --dataset_name path/to/images --clean_samples 500 --eta_f 0.2
-    python recipes/purify_vit.py --eta_f 0 --output_dir outputs/control      (plain fine-tuning, to compare)
+    python recipes/purify_vit.py --eta_f 0 --output_dir outputs/control      (the same without the trace, to compare)
     python recipes/purify_cnn.py --method anp --output_dir outputs/anp       (another purifier, to compare)
 """
 
