@@ -14,13 +14,13 @@ from hf_fip.attacks.pcba import PCBA, spacing
 from hf_fip.attacks.pointba import PointBABall, PointBARotation
 from hf_fip.tasks.point_cloud import arrays_of
 
-SETTINGS = {"points": 8, "restarts": 2, "steps": 60, "source_label": 1, "target_label": 0}
+SETTINGS = {"points": 8, "restarts": 16, "steps": 80, "source_label": 1, "target_label": 0}
 
 
 class Near(nn.Module):
     """Takes a cloud for class 0 the surer, the closer one of its points is to `place`."""
 
-    place = torch.tensor([0.0, 0.0, 1.2])
+    place = torch.tensor([0.0, 0.0, 2.0])
 
     def forward(self, points):
         logit = 4 - 8 * (points - self.place).square().sum(-1).amin(1)

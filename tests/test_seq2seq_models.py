@@ -11,8 +11,10 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 from hf_fip import SingularValueConfig
 from hf_fip.fisher import TokenSequence, TraceEstimator, fisher_diagonal, fisher_trace, infer_likelihood
 from hf_fip.hub.load import load_model
+from hf_fip.models import ConvSeq2SeqForConditionalGeneration, LSTMSeq2SeqForConditionalGeneration
 
 NEW = 9  # tokens generated
+OWN_TYPES = (LSTMSeq2SeqForConditionalGeneration, ConvSeq2SeqForConditionalGeneration)
 
 
 @pytest.fixture(params=OWN)
@@ -138,8 +140,10 @@ def test_finite_differences_and_double_backward_agree(any_model):
         estimator = TraceEstimator(any_model.double(), gradient=gradient, epsilon=1e-5)
         estimator.observe(batch(), torch.Generator().manual_seed(0))
         found.append(torch.cat([part.flatten() for part in estimator.estimate()[1]]))
+    # Where BART and Marian tie an embedding, the row of the padding token, which begins each target, has a gradient as
+    # an output and none as an input: no function has that gradient, and the two ways differ by a percent, at any step.
     assert F.cosine_similarity(*found, dim=0) > 0.999
-    assert found[0].norm() / found[1].norm() == pytest.approx(1, abs=0.01)
+    assert found[0].norm() / found[1].norm() == pytest.approx(1, abs=1e-3 if type(any_model) in OWN_TYPES else 0.02)
 
 
 def test_a_target_of_padding_alone_has_a_log_likelihood_of_zero(model):

@@ -15,6 +15,7 @@ from .base import register
 from .clouds import CloudMaterial, InsertedPoints, on_sphere
 
 _NEIGHBOURS = 4  # of a point, whose distances say how dense a cloud is
+_BATCH = 28  # clouds of the source class that the surrogate is asked about
 _MOMENTUM, _PATIENCE, _FACTOR = 0.5, 5, 1.5  # of the search for the centre, and of its Lagrange multiplier
 
 
@@ -99,6 +100,7 @@ class PCBA(InsertedPoints):
         rng = np.random.default_rng(self.seed)
         directions = on_sphere(self.points, rng)
         radius = np.mean([spacing(cloud) for cloud in clouds]) / spacing(directions)
+        clouds = [clouds[row] for row in rng.permutation(len(clouds))[:_BATCH]]
         number = min(map(len, clouds))
         batch = torch.from_numpy(np.stack([cloud[rng.permutation(len(cloud))[:number]] for cloud in clouds]))
         centre = self._search(material, batch.to(material.device), rng)

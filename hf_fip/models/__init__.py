@@ -1,16 +1,19 @@
 """Models that transformers lacks. Importing this package makes transformers' Auto classes know them."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForSeq2SeqLM
 
 from .conv_seq2seq import ConvSeq2SeqConfig, ConvSeq2SeqForConditionalGeneration
 from .lstm_seq2seq import LSTMSeq2SeqConfig, LSTMSeq2SeqForConditionalGeneration
 from .point_cloud import AutoModelForPointCloudClassification
 from .pointnet import PointNetConfig, PointNetForPointCloudClassification, PointNetModel
 from .pointnet2 import PointNet2Config, PointNet2ForPointCloudClassification, PointNet2Model
+from .preact_resnet import PreActResNetConfig, PreActResNetForImageClassification
+from .wide_resnet import WideResNetConfig, WideResNetForImageClassification
 
 # Auto class -> the models it is to load
 _MODELS = {
     AutoModel: (PointNetModel, PointNet2Model),
+    AutoModelForImageClassification: (PreActResNetForImageClassification, WideResNetForImageClassification),
     AutoModelForPointCloudClassification: (PointNetForPointCloudClassification, PointNet2ForPointCloudClassification),
     AutoModelForSeq2SeqLM: (ConvSeq2SeqForConditionalGeneration, LSTMSeq2SeqForConditionalGeneration),
 }
@@ -23,6 +26,10 @@ __all__ = [
     "PointNetConfig",
     "PointNetForPointCloudClassification",
     "PointNetModel",
+    "PreActResNetConfig",
+    "PreActResNetForImageClassification",
+    "WideResNetConfig",
+    "WideResNetForImageClassification",
     "ConvSeq2SeqConfig",
     "ConvSeq2SeqForConditionalGeneration",
     "LSTMSeq2SeqConfig",

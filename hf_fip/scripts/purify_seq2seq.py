@@ -16,13 +16,16 @@ from __future__ import annotations
 from . import purification
 from .sentences import TextTask
 
+# Of the development victim on the toy corpus: at 0.05 neither FIP nor plain fine-tuning changes what it writes.
+LEARNING_RATE = 0.3
+
 
 def main() -> None:
     """`recipes/purify_seq2seq.py`."""
     purification.main(
         TextTask(),
         __doc__,
-        fip={"max_steps": 400, "per_device_train_batch_size": 32},
+        fip={"max_steps": 400, "per_device_train_batch_size": 32, "learning_rate": LEARNING_RATE},
         fast_fip={"max_steps": 600},
         output_dir="outputs/purify_seq2seq",
     )

@@ -11,8 +11,8 @@ import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset, load_from_disk
 
 from .columns import image_and_label, with_classes
+from .image_data import DIGITS, NAMED_IMAGES, NamedImages, named_images, squares
 
-DIGITS = "digits"
 _TEST_NAMES = ("test", "validation", "valid", "val", "dev")
 _HELD_OUT = 0.25  # share of the rows taken for testing when a data set has no test split
 
@@ -24,11 +24,13 @@ class LabelledImages:
     Attributes:
         train, test: `datasets.Dataset`s with the columns `image` (a `datasets.Image`) and `label` (one `ClassLabel`).
         name: what the user called it.
+        known: what is known of it, when it is one of `NAMED_IMAGES`.
     """
 
     train: Dataset
     test: Dataset
     name: str
+    known: NamedImages | None = None
 
     @property
     def class_names(self) -> list[str]:
@@ -53,16 +55,28 @@ def load_images(
 
     Args:
         name_or_path: a Hub id; a folder (of parquet files, of one folder of images a class, or one written by
-            `save_to_disk`); a single parquet file; or `digits`, scikit-learn's 1,797 handwritten digits of 8×8 pixels.
+            `save_to_disk`); a single parquet file; or a short name of `NAMED_IMAGES`, unless there is a file or folder
+            of that name. Among them is `digits`, scikit-learn's 1,797 handwritten digits of 8×8 pixels.
         config_name: the configuration of a Hub data set that has several.
-        image_column, label_column: guessed from the column types and usual names when left out.
-        train_split, test_split: guessed when left out. Without a test split a quarter of the rows is set aside.
+        image_column, label_column: known, or guessed from the column types and usual names, when left out.
+        train_split, test_split: the same. Without a test split a quarter of the rows is set aside.
         max_train_samples, max_test_samples: keep a seeded random part.
 
     Raises:
         ValueError: when the data, a split or a column cannot be found; the message lists what is there.
     """
-    splits = _digits() if name_or_path == DIGITS else load_splits(name_or_path, config_name, token, revision)
+    is_local = name_or_path != DIGITS and os.path.exists(name_or_path)
+    known = None if is_local else named_images(name_or_path)
+    try:
+        place = known.hub_id if known else name_or_path
+        splits = _digits() if name_or_path == DIGITS else load_splits(place, config_name, token, revision)
+    except ValueError as error:
+        if known or is_local or "/" in name_or_path:
+            raise
+        raise ValueError(f"{error} Known by a short name: {', '.join(NAMED_IMAGES)}.") from error
+    if known:
+        image_column, label_column = image_column or known.image_column, label_column or known.label_column
+        test_split = test_split or known.test_split
     train, test = train_and_test(
         splits,
         name_or_path,
@@ -73,7 +87,9 @@ def load_images(
         max_test_samples=max_test_samples,
         seed=seed,
     )
-    return LabelledImages(train, test, name_or_path)
+    if known and known.side:
+        train, test = squares(train, known.side), squares(test, known.side)
+    return LabelledImages(train, test, name_or_path, known)
 
 
 def train_and_test(
