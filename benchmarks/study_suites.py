@@ -18,6 +18,7 @@ from hf_fip.tasks.data import DIGITS
 SEEDS = (1, 2, 3)
 RELEASED_WEIGHTS = (0.5, 0.005)  # the released default, and what its author advises
 RATES = (0.01, 0.05, 0.2)  # of plain fine-tuning with its own learning rate
+DISTURBED = ("ft", "ft_sam", "nad", "fst")  # baselines that are also given FIP's disturbances
 BASELINES = ("ft", "ft_sam", "nad", "fst", "nft", "clp", "anp", "i_bau", "rnp", "awm")
 # What 8×8 pixels of gray need otherwise than the attacks' defaults (see benchmarks/attacks.py).
 DIGITS_ATTACKS = {
@@ -77,6 +78,7 @@ def purifiers(places: Places, family: str, augment: bool) -> list[Method]:
         Method("Fast FIP", arguments=fast_fip(family), adapter=True, **ours),
         Method("Fast FIP, control (eta_f 0)", arguments=fast_fip(family, eta_f=0.0), adapter=True, **ours),
         *(Method(name, name, **shared) for name in BASELINES),
+        *(Method(f"{name}, disturbed", name, **ours) for name in DISTURBED),
     ]
     if places.released_code and family == "resnet":
         for weight in RELEASED_WEIGHTS:

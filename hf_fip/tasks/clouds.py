@@ -92,7 +92,7 @@ def load_clouds(
         max_test_samples=max_test_samples,
         seed=seed,
     )
-    return LabelledClouds(train, test, name_or_path, left_out)
+    return LabelledClouds(train, test, name_or_path, left_out=left_out)
 
 
 def _label_of(part: Dataset) -> str:

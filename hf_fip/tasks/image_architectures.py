@@ -137,6 +137,7 @@ def small_efficientnet(class_names: list[str], image_size: int, channels: int) -
         depth_coefficient=0.5,
         strides=[1, 1, 2, 1, 1, 2, 1],
         hidden_dim=320 if image_size < _TINY else 640,
+        batch_norm_momentum=0.1,
         dropout_rate=0.0,
         drop_connect_rate=0.0,
         **_labels(class_names),
