@@ -14,7 +14,7 @@ from hf_fip.attacks import TrojAll, TrojOne, load_attack, make_attack, poison, t
 from hf_fip.attacks.material import Material
 from hf_fip.attacks.pixels import fitted
 from hf_fip.attacks.poison import to_array
-from hf_fip.tasks.image_classification import ARCHITECTURES
+from hf_fip.tasks.image_architectures import ARCHITECTURES
 
 datasets.disable_progress_bars()
 
@@ -111,7 +111,7 @@ def test_steps_are_counted_and_end_where_they_have_been_before():
     assert len(calls) < 20 and set(calls) == {32}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["vit", "resnet"])
 def test_real_classifiers_are_excited_more_than_by_noise(architecture):
     torch.manual_seed(0)
     model, _ = ARCHITECTURES[architecture](["a", "b", "c"], 8, 3)

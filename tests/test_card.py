@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from hf_fip.hub.card import make_card
-from hf_fip.tasks.image_classification import small_vit
+from hf_fip.tasks.image_architectures import small_vit
 
 
 def report_of(**changes) -> dict:

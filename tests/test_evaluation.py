@@ -10,7 +10,7 @@ from transformers.trainer_utils import PredictionOutput
 from hf_fip import FIPConfig, FIPTrainer
 from hf_fip.evaluation import accuracy, attack_success_rate, defense_effectiveness_rating, robust_accuracy
 from hf_fip.evaluation.backdoor import BackdoorTest, PurificationCurve
-from hf_fip.tasks.image_classification import small_vit
+from hf_fip.tasks.image_architectures import small_vit
 
 METRICS = (accuracy, attack_success_rate, robust_accuracy)
 

@@ -14,14 +14,8 @@ from transformers import BertConfig, BertModel, ViTConfig, ViTImageProcessor, Vi
 
 from hf_fip.tasks import image_classification
 from hf_fip.tasks.data import LabelledImages
-from hf_fip.tasks.image_classification import (
-    PixelDataset,
-    load_image_classifier,
-    match_labels,
-    small_model,
-    small_resnet,
-    small_vit,
-)
+from hf_fip.tasks.image_architectures import small_model, small_resnet, small_vit
+from hf_fip.tasks.image_classification import PixelDataset, load_image_classifier, match_labels
 
 MODES = ("RGB", "L", "RGBA", "LA", "P", "1", "I;16")
 

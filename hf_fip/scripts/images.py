@@ -21,12 +21,9 @@ from ..hub.card import CardWords
 from ..plots import plot_triggers
 from ..tasks.augmentation import disturb, shift_and_flip
 from ..tasks.data import DIGITS, LabelledImages, load_images
-from ..tasks.image_classification import (
-    PixelDataset,
-    load_image_classifier,
-    match_labels,
-    small_model,
-)
+from ..tasks.image_architectures import ARCHITECTURES, small_model
+from ..tasks.image_classification import PixelDataset, load_image_classifier, match_labels
+from ..tasks.image_data import NAMED_IMAGES
 from .arguments import DataArguments, MethodArguments, ModelArguments, PoisonArguments
 from .recorded import attack_of
 from .task import Task
@@ -39,8 +36,8 @@ class ImageData(DataArguments):
     dataset_name: str = field(
         default=DIGITS,
         metadata={
-            "help": "A Hub id, a folder (parquet files, or one folder of images a class), a parquet file, or "
-            "'digits': scikit-learn's handwritten digits, which need no download."
+            "help": "A Hub id, a folder (parquet files, or one folder of images a class), a parquet file, or a short "
+            f"name: {', '.join(NAMED_IMAGES)}. The digits are scikit-learn's handwritten ones and need no download."
         },
     )
     image_column: str | None = field(default=None, metadata={"help": "Column of the images. Guessed by default."})
@@ -52,14 +49,15 @@ class ImageModel(ModelArguments):
     """The image classifier to be purified."""
 
     architecture: str = field(
-        default="vit", metadata={"help": "Kind of victim made here.", "choices": ("vit", "resnet")}
+        default="vit",
+        metadata={"help": "Kind of victim made here, small and untrained.", "choices": tuple(ARCHITECTURES)},
     )
     image_processor_name: str | None = field(
         default=None, metadata={"help": "Where to take the preprocessing from, if not from the model."}
     )
     augment: bool = field(
         default=False,
-        metadata={"help": "Shift training images at random, and mirror them unless they are digits."},
+        metadata={"help": "Shift training images at random, and mirror them unless they are digits or gtsrb."},
     )
 
 
@@ -209,5 +207,8 @@ def wanted(attack: Attack, names: list[str]) -> str:
 
 
 def augmentation(augment: bool, images: LabelledImages):
-    """Shifts of up to an eighth of the input's side, mirrored too unless they are digits; None when not wanted."""
-    return shift_and_flip(1 / 8, flip=images.name != DIGITS) if augment else None
+    """Shifts of up to an eighth of the input's side; None when not wanted.
+
+    Images are mirrored too, unless they are known to be of a kind whose mirror image shows another class, or none.
+    """
+    return shift_and_flip(1 / 8, flip=images.known is None or images.known.mirrored) if augment else None

@@ -10,6 +10,7 @@ from ..attacks.poison import to_array
 from .data import LabelledImages
 
 _LARGEST_INPUT = 64  # side in pixels of what the small models see; larger images are made smaller
+_MOMENTUM = 0.1  # of running statistics
 _TINY = 16  # below this side models are narrower, and take smaller patches or strides
 
 
@@ -111,38 +112,49 @@ def wide_resnet_16_1(class_names: list[str], image_size: int, channels: int) -> 
 
 
 def small_mobilenet_v2(class_names: list[str], image_size: int, channels: int) -> tuple[nn.Module, object]:
-    """An untrained MobileNetV2 of half its width, which makes images smaller by 8, not 32, and its processor."""
+    """A small untrained MobileNetV2 and its processor: half its width (tiny: a quarter), and all of its 17 blocks.
+
+    It makes images smaller by 8, not 32; those below 32×32 pixels are enlarged, so that something is left of them.
+    """
     from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
 
+    width = 0.25 if image_size < _TINY else 0.5
+    image_size = max(image_size, 32)
     config = MobileNetV2Config(
         image_size=image_size,
         num_channels=channels,
-        depth_multiplier=0.25 if image_size < _TINY else 0.5,
+        depth_multiplier=width,
         output_stride=8,
         finegrained_output=False,
         classifier_dropout_prob=0.0,
         **_labels(class_names),
     )
-    return MobileNetV2ForImageClassification(config), _processor(image_size, channels)
+    return _fresh(MobileNetV2ForImageClassification(config)), _processor(image_size, channels)
 
 
 def small_efficientnet(class_names: list[str], image_size: int, channels: int) -> tuple[nn.Module, object]:
-    """An untrained EfficientNet of half B0's width, which makes images smaller by 8, not 32, and its processor."""
+    """A small untrained EfficientNet (first stages of B0, half or a quarter of their width) and its processor."""
     from transformers import EfficientNetConfig, EfficientNetForImageClassification
 
+    tiny = image_size < _TINY
     config = EfficientNetConfig(
         image_size=image_size,
         num_channels=channels,
-        width_coefficient=0.25 if image_size < _TINY else 0.5,
-        depth_coefficient=0.5,
-        strides=[1, 1, 2, 1, 1, 2, 1],
-        hidden_dim=320 if image_size < _TINY else 640,
-        batch_norm_momentum=0.1,
+        width_coefficient=0.25 if tiny else 0.5,
+        depth_coefficient=1.0,
+        kernel_sizes=[3, 3, 5] if tiny else [3, 3, 5, 3],
+        in_channels=[32, 16, 24] if tiny else [32, 16, 24, 40],
+        out_channels=[16, 24, 40] if tiny else [16, 24, 40, 80],
+        strides=[1, 1, 2] if tiny else [1, 1, 2, 2],
+        num_block_repeats=[1, 2, 2] if tiny else [1, 2, 2, 3],
+        expand_ratios=[1, 6, 6] if tiny else [1, 6, 6, 6],
+        hidden_dim=320 if tiny else 640,
+        batch_norm_momentum=_MOMENTUM,
         dropout_rate=0.0,
         drop_connect_rate=0.0,
         **_labels(class_names),
     )
-    return EfficientNetForImageClassification(config), _processor(image_size, channels)
+    return _fresh(EfficientNetForImageClassification(config)), _processor(image_size, channels)
 
 
 def small_convnext(class_names: list[str], image_size: int, channels: int) -> tuple[nn.Module, object]:
@@ -201,6 +213,21 @@ ARCHITECTURES = {
     "densenet": partial(from_timm, "densenet121", 32),
     "inception": partial(from_timm, "inception_v3", 75),
 }
+
+
+def _fresh(model: nn.Module) -> nn.Module:
+    """The model made ready to be trained from nothing, as transformers' mobile networks are not.
+
+    Their convolutions start far too small, EfficientNet's BatchNorm with a scale of nearly zero, and the running
+    statistics are those of the last batch (TensorFlow's momentum read as torch's).
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+            module.momentum = _MOMENTUM
+    return model
 
 
 def _labels(class_names: list[str]) -> dict:

@@ -16,7 +16,6 @@ from ..hub.load import base_of_adapter, is_adapter, load_model, merge_adapter
 from .columns import with_classes
 from .data import LabelledImages
 
-_LARGEST_INPUT = 64  # side in pixels of what the small models see; larger images are made smaller
 _KEEP_IN_MEMORY = 2**30  # bytes of preprocessed images kept; beyond it they are made when asked for
 
 
@@ -132,62 +131,6 @@ def match_labels(images: LabelledImages, model: nn.Module) -> LabelledImages:
             "use the data set the model was trained for."
         )
     return images
-
-
-def small_model(architecture: str, images: LabelledImages) -> tuple[nn.Module, object]:
-    """A small untrained model for these images, a `vit` or a `resnet`, and its image processor."""
-    first = to_array(images.train[0]["image"])
-    side = min(max(first.shape[:2]), _LARGEST_INPUT)
-    return ARCHITECTURES[architecture](images.class_names, side, first.shape[2])
-
-
-def small_vit(class_names: list[str], image_size: int, channels: int) -> tuple[nn.Module, object]:
-    """A small untrained ViT and its processor; patches of 2×2 pixels below 16 pixels' side, else 4×4."""
-    from transformers import ViTConfig, ViTForImageClassification
-
-    tiny = image_size < 16
-    width = 48 if tiny else 128
-    config = ViTConfig(
-        image_size=image_size,
-        patch_size=2 if tiny else 4,
-        num_channels=channels,
-        hidden_size=width,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=2 * width,
-        **_labels(class_names),
-    )
-    return ViTForImageClassification(config), _processor(image_size, channels)
-
-
-def small_resnet(class_names: list[str], image_size: int, channels: int) -> tuple[nn.Module, object]:
-    """A small untrained ResNet of basic blocks and its processor."""
-    from transformers import ResNetConfig, ResNetForImageClassification
-
-    tiny = image_size < 16
-    config = ResNetConfig(
-        num_channels=channels,
-        embedding_size=16 if tiny else 64,
-        hidden_sizes=[16, 32, 64] if tiny else [64, 128, 256],
-        depths=[1, 1, 1],
-        layer_type="basic",
-        **_labels(class_names),
-    )
-    return ResNetForImageClassification(config), _processor(image_size, channels)
-
-
-ARCHITECTURES = {"vit": small_vit, "resnet": small_resnet}
-
-
-def _labels(class_names: list[str]) -> dict:
-    return {"id2label": dict(enumerate(class_names)), "label2id": {name: i for i, name in enumerate(class_names)}}
-
-
-def _processor(image_size: int, channels: int):
-    from transformers import ViTImageProcessor
-
-    size = {"height": image_size, "width": image_size}
-    return ViTImageProcessor(size=size, image_mean=[0.5] * channels, image_std=[0.5] * channels)
 
 
 def _with_channels(array: np.ndarray, channels: int) -> np.ndarray:

@@ -242,7 +242,7 @@ def test_a_users_error_is_one_line_and_leaves_nothing(case, victim, run):
     Path("broken.parquet").write_bytes(b"not parquet")
     spoil_model(Path("headless"))
     if "binary" in arguments:
-        from hf_fip.tasks.image_classification import small_vit
+        from hf_fip.tasks.image_architectures import small_vit
 
         model, processor = small_vit(["a", "b"], 8, 1)
         model.save_pretrained("binary")

@@ -9,7 +9,7 @@ import pytest
 from recipe_cases import SHORT, SMALL, fork, left_in, report_of
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from hf_fip.tasks.image_classification import small_vit
+from hf_fip.tasks.image_architectures import small_vit
 
 TRIED = ["--relearn", "--reactivate", "--reactivation_samples", "40", "--num_train_epochs", "2"]
 FIGURES = {"accuracy", "asr", "ra"}
