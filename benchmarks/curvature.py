@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from attacks import settings_of, train
 from scipy.stats import spearmanr
+from study_suites import fip
 from tqdm.auto import tqdm
 
 from hf_fip import FIPConfig, FIPTrainer
@@ -42,9 +43,11 @@ from hf_fip.curvature.callback import CurvatureCallback
 from hf_fip.curvature.plots import plot_curvature, plot_landscape, plot_sharpness, plot_spectral_density
 from hf_fip.drawing import DARK, LIGHT
 from hf_fip.evaluation.backdoor import BackdoorTest, PurificationCurve
+from hf_fip.evaluation.reactivation import PixelRange
 from hf_fip.scripts.images import channels_of
 from hf_fip.scripts.recorded import recorded_split
 from hf_fip.scripts.report import versions
+from hf_fip.tasks.augmentation import disturb
 from hf_fip.tasks.data import DIGITS, load_images, split_clean
 from hf_fip.tasks.image_classification import PixelDataset, load_image_classifier, match_labels
 
@@ -308,10 +311,15 @@ def course(args: argparse.Namespace, victim: Path, seed: str) -> list[dict]:
     callback = CurvatureCallback(batch_of(test, model, processor), every=40, probes=5)
     defended = split_clean(images.train, split["samples"], split["seed"])[0]
     with tempfile.TemporaryDirectory() as folder:
-        options = {"max_steps": 400, "per_device_train_batch_size": 64, "seed": int(seed), "save_strategy": "no"}
-        args_ = FIPConfig(folder, disable_tqdm=True, dataloader_pin_memory=False, **options)
+        options = {"seed": int(seed), "save_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": False}
         data = PixelDataset(defended, processor, channels_of(model))
-        trainer = FIPTrainer(model, args_, train_dataset=data, callbacks=[curve, callback])
+        trainer = FIPTrainer(
+            model,
+            FIPConfig(folder, **options, **fip("resnet")),
+            train_dataset=data,
+            train_transform=disturb(PixelRange.of(processor, *data[0]["pixel_values"].shape[1:], channels_of(model))),
+            callbacks=[curve, callback],
+        )
         curve.trainer = trainer
         trainer.train()
     return trainer.state.log_history

@@ -73,7 +73,7 @@ def load_images(
     except ValueError as error:
         if known or is_local or "/" in name_or_path:
             raise
-        raise ValueError(f"{error} Known by a short name: {', '.join(NAMED_IMAGES)}.") from error
+        raise ValueError(f"{error} (Short names: {', '.join(NAMED_IMAGES)}.)") from error
     if known:
         image_column, label_column = image_column or known.image_column, label_column or known.label_column
         test_split = test_split or known.test_split

@@ -169,6 +169,7 @@ def small_convnext(class_names: list[str], image_size: int, channels: int) -> tu
         hidden_sizes=[24, 48] if tiny else [48, 96, 192],
         depths=[1, 1] if tiny else [2, 2, 2],
         num_stages=2 if tiny else 3,
+        layer_scale_init_value=0.0,  # no such layers: they keep a deep network's blocks silent at first
         **_labels(class_names),
     )
     return ConvNextForImageClassification(config), _processor(image_size, channels)
