@@ -27,7 +27,7 @@ class FIPArguments:
     Args:
         > Parameters of the objective
 
-        eta_f (`float`, *optional*, defaults to 0.5):
+        eta_f (`float`, *optional*, defaults to 0.1):
             Weight of the trace of the Fisher information, which removes the backdoor.
         eta_r (`float`, *optional*, defaults to 0.0):
             Weight of the Fisher-weighted pull to the received weights, which keeps clean knowledge (and, when large,
@@ -63,13 +63,13 @@ class FIPArguments:
 
         optim (`str`, *optional*, defaults to `"sgd"`), optim_args (`str`, *optional*):
             With `"sgd"`, `optim_args` is `"momentum=0.9"` unless set.
-        learning_rate (`float`, *optional*, defaults to 0.05), lr_scheduler_type (`str`, defaults to `"cosine"`):
+        learning_rate (`float`, *optional*, defaults to 0.1), lr_scheduler_type (`str`, defaults to `"cosine"`):
             The learning rate and its schedule.
         logging_steps (`float`, *optional*, defaults to 10):
             Updates between two logs.
     """
 
-    eta_f: float = field(default=0.5, metadata={"help": "Weight of Tr F, the term that removes the backdoor."})
+    eta_f: float = field(default=0.1, metadata={"help": "Weight of Tr F, the term that removes the backdoor."})
     eta_r: float = field(
         default=0.0,
         metadata={"help": "Weight of the Fisher-weighted pull to the received weights, which keeps clean knowledge."},
@@ -120,7 +120,7 @@ class FIPArguments:
     optim_args: str | None = field(
         default=None, metadata={"help": "Arguments of the optimizer (for sgd, momentum=0.9 unless you set them)."}
     )
-    learning_rate: float = field(default=0.05, metadata={"help": "The initial learning rate."})
+    learning_rate: float = field(default=0.1, metadata={"help": "The initial learning rate."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many updates; below 1 a share of all."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning-rate schedule."})
 

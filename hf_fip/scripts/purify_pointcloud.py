@@ -21,7 +21,7 @@ def main() -> None:
     purification.main(
         CloudTask(),
         __doc__,
-        fip={"max_steps": 400, "per_device_train_batch_size": 32},
+        fip={"max_steps": 400, "per_device_train_batch_size": 32, "learning_rate": 0.05, "eta_f": 0.5},
         fast_fip={"max_steps": 400},
         output_dir="outputs/purify_pointcloud",
     )

@@ -25,7 +25,7 @@ def main() -> None:
     purification.main(
         TextTask(),
         __doc__,
-        fip={"max_steps": 400, "per_device_train_batch_size": 32, "learning_rate": LEARNING_RATE},
+        fip={"max_steps": 400, "per_device_train_batch_size": 32, "learning_rate": LEARNING_RATE, "eta_f": 0.5},
         fast_fip={"max_steps": 600},
         output_dir="outputs/purify_seq2seq",
     )
