@@ -85,7 +85,7 @@ class Case:
 
     def curvlinops(self, probes: int) -> tuple[float, float, None]:
         model, data = Logits(self.model), [(self.pixels, self.labels)]
-        parameters = dict(model.named_parameters())
+        parameters = list(model.parameters())
         operator = HessianLinearOperator(model, nn.CrossEntropyLoss(), parameters, data, check_deterministic=False)
         largest = eigsh(operator.to_scipy(), k=1, which="LA", tol=TOLERANCE, return_eigenvectors=False)[0]
         return float(largest), hutchinson_trace(operator, probes).item(), None
