@@ -25,6 +25,7 @@ def report_of(**changes) -> dict:
             "file_bytes": 310234,
         },
         "adapter_switched_off": None,
+        "curvature": None,
         "method": "fip",
         "model": "someone/model",
         "model_is_from_hub": True,
@@ -138,3 +139,11 @@ def test_only_a_hub_id_goes_into_an_adapters_code(name):
     text = str(card_of(adapter_switched_off={"asr": None}, model=name))
     code = text[text.index("```python") : text.index("## How it was made")]
     assert 'from_pretrained("path/to/the/received/model")' in code and "import os" not in code
+
+
+def test_the_curvature_stands_in_the_table_where_it_was_measured():
+    assert "λ_max" not in str(card_of())
+    moments = ({"curvature_lambda_max": largest, "curvature_trace": 1234.5} for largest in (56.78, 1.25))
+    text = str(card_of(curvature=dict(zip(("before", "after"), moments, strict=True))))
+    assert "| λ_max of the clean loss, by what was trained | 56.78 | 1.25 |" in text
+    assert "| Tr H of the same | 1234 | 1234 |" in text

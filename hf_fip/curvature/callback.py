@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 
 from transformers import TrainerCallback
@@ -27,6 +28,9 @@ class CurvatureCallback(TrainerCallback):
         every: steps from one measurement to the next.
         options: of `measure_curvature`.
 
+    Attributes:
+        seconds: what measuring took.
+
     Raises:
         ValueError: when `every` is below 1, or (in training) there are fewer batches than processes.
     """
@@ -37,6 +41,7 @@ class CurvatureCallback(TrainerCallback):
         with RandomState.capture().replayed():  # a DataLoader draws a seed
             self.batches = list(batches)
         self.every, self.options = every, options
+        self.seconds = 0.0
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if state.global_step == 0:
@@ -51,7 +56,9 @@ class CurvatureCallback(TrainerCallback):
             self._record(model, state)
 
     def _record(self, model, state) -> None:
+        started = time.perf_counter()
         own = share(self.batches)
         found = measure_curvature(model, own, reduce=sum_over_processes, **self.options).to_dict()
         row = {f"curvature_{key}": found[key] for key in KEYS}
         state.log_history.append({"step": state.global_step, "epoch": state.epoch, **row})
+        self.seconds += time.perf_counter() - started

@@ -14,6 +14,10 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..evaluation.metrics import METRICS
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
+_CURVATURE = {  # of the loss on clean samples that purification used; not in percent
+    "curvature_lambda_max": "λ_max of the clean loss, by what was trained",
+    "curvature_trace": "Tr H of the same",
+}
 _SAID_ABOVE = ("model_name_or_path", "dataset_name", "seed")
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 FIP = "**FIP** (Fisher Information guided Purification, CCS 2024)"
@@ -59,6 +63,10 @@ def make_card(
     ]
     if report["der"] is not None:
         rows.append(f"| DER (50 is no effect) | | {_percent(report['der'])} |")
+    if report["curvature"] is not None:
+        moments = report["curvature"]["before"], report["curvature"]["after"]
+        for key, name in _CURVATURE.items():
+            rows.append(f"| {name} | {' | '.join(f'{moment[key]:.4g}' for moment in moments)} |")
     is_hub_id = report["model_is_from_hub"] and _HUB_ID.fullmatch(report["model"])  # it goes into code
     data = ModelCardData(
         library_name="transformers" if report["adapter_switched_off"] is None else "peft",

@@ -189,6 +189,13 @@ class MethodArguments:
             "metric, in report.json): choose settings by them, never by ASR or the test set."
         },
     )
+    curvature_every: int = field(
+        default=0,
+        metadata={
+            "help": "Measure λ_max and Tr H of the loss on clean samples before, after and at every so many updates: "
+            "in report.json, the card and a picture. 0 is never."
+        },
+    )
 
 
 @dataclass

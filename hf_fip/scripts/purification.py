@@ -10,11 +10,14 @@ import hashlib
 import json
 from pathlib import Path
 
+from torch.utils.data import DataLoader, Subset
 from transformers import set_seed
 
 from ..attacks import Attack
 from ..baselines import method
 from ..config import FAST_FIP, FIPConfig
+from ..curvature.callback import CurvatureCallback
+from ..curvature.plots import plot_curvature
 from ..evaluation.backdoor import PurificationCurve
 from ..evaluation.cost import Cost
 from ..evaluation.metrics import METRICS, WEAK_VICTIM, defense_effectiveness_rating
@@ -40,6 +43,7 @@ from .run_folder import RunFolder, write_json
 from .task import Data, Task
 from .terminal import print_comparison, say, show_progress
 
+CURVATURE_SAMPLES = 500  # clean ones, behind each measurement of the curvature
 CURVE_SAMPLES = 500  # test samples of each kind behind each point of the picture
 
 
@@ -116,13 +120,15 @@ def purify(
     with folder:
         test = task.test(data, attack, model, processor)
         curve = PurificationCurve(test.part(CURVE_SAMPLES))
-        cost = Cost(excluded=lambda: curve.seconds)
+        watching = [curve]
+        cost = Cost(excluded=lambda: sum(watcher.seconds for watcher in watching))
         set_seed(training.seed)
+        inputs = task.inputs(clean, model, processor)
         trainer_class = task.trainer if method_arguments.method == FIP else method(method_arguments.method)[0]
         trainer = trainer_class(
             model,
             training,
-            train_dataset=task.inputs(clean, model, processor),
+            train_dataset=inputs,
             processing_class=processor,
             train_transform=both(
                 task.augmentation(model_arguments, data), task.disturbance(method_arguments, data, model, processor)
@@ -132,6 +138,11 @@ def purify(
             **task.trainer_options(model, processor),
         )
         curve.trainer = trainer
+        if method_arguments.curvature_every:
+            part = Subset(inputs, range(min(len(inputs), CURVATURE_SAMPLES)))
+            batches = DataLoader(part, training.per_device_eval_batch_size, collate_fn=trainer.data_collator)
+            watching.append(CurvatureCallback(batches, method_arguments.curvature_every))
+            trainer.add_callback(watching[-1])
         show_progress(trainer)
         before = test.measure(trainer)
         answers_before = test.answers
@@ -155,6 +166,7 @@ def purify(
                 "der": der,
                 f"validation_{task.metric}": validation and validation[task.metric],
                 "adapter_switched_off": switched_off,
+                "curvature": _first_and_last(trainer.state.log_history),
                 "cost": cost.report | {"file_bytes": _weight_bytes(folder.result)},
                 "model": place,
                 "model_is_from_hub": bool(given) and not Path(given).exists(),
@@ -178,6 +190,12 @@ def purify(
         folder.publish()
     what = "the purified model" if adapter_config is None else "the adapter"
     say(f"saved to {output_dir}: {what}, README.md, report.json, plots/")
+
+
+def _first_and_last(log: list[dict]) -> dict[str, dict] | None:
+    """What `CurvatureCallback` measured before and after training; None if it did not."""
+    rows = [row for row in log if "curvature_loss" in row]
+    return {"before": rows[0], "after": rows[-1], "samples_at_most": CURVATURE_SAMPLES} if rows else None
 
 
 def _weight_bytes(folder: Path) -> int:
@@ -246,6 +264,9 @@ def _draw(task: Task, folder: Path, log: list[dict], data: Data, attack: Attack 
     title = f"Purification ({short} and ASR of at most {CURVE_SAMPLES} test {task.words.samples})"
     metric = f"{long.removeprefix('clean ')} ({short})"
     plots = [plot_purification(history, folder / "purification.png", title=title, metric=metric)]
+    if _first_and_last(log):
+        title = f"Curvature of the loss on clean {task.words.samples}"
+        plots.append(plot_curvature(log, folder / "curvature.png", title))
     if attack is not None:
         plots.append(task.draw(folder / "triggers.png", data, attack, model, answers))
     return plots

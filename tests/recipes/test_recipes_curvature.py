@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from recipe_cases import SHORT, left_in, report_of
+from recipe_cases import SHORT, SMALL, left_in, report_of
 
 QUICK = ["--max_train_samples", "120", "--max_test_samples", "30", "--use_cpu", "--eigenvalues", "2"]
 QUICK += ["--tolerance", "0.1", "--probes", "2", "--density_runs", "1", "--landscape_points", "3"]
@@ -87,3 +87,17 @@ def test_a_users_error_is_one_line_and_leaves_nothing(case, victim, run):
     assert code == 1 and err.startswith("error: ") and err.count("\n") == 1
     assert re.search(message, err)
     assert not list(Path().glob("outputs/*"))
+
+
+@pytest.mark.parametrize("adapter", ["none", "singular"])
+def test_a_purification_measures_its_curvature_when_asked_and_changes_nothing_by_it(adapter, victim, run):
+    arguments = [*SMALL, "--max_steps", "3", "--model_name_or_path", victim, "--adapter", adapter]
+    code, _, err = run("purify_vit", *arguments, "--curvature_every", "2", "--output_dir", "measured")
+    assert (code, err) == (0, "")
+    assert run("purify_vit", *arguments, "--output_dir", "plain")[::2] == (0, "")
+    report = report_of("measured")
+    steps = [report["curvature"][moment]["step"] for moment in ("before", "after")]
+    assert steps == [0, 3] and report["curvature"]["before"]["curvature_lambda_max"] > 0
+    assert report["after"] == report_of("plain")["after"] and report_of("plain")["curvature"] is None
+    assert Path("measured/plots/curvature.png").stat().st_size > 0
+    assert "λ_max" in Path("measured/README.md").read_text() and "λ_max" not in Path("plain/README.md").read_text()
