@@ -147,21 +147,32 @@ def _text(value: Spread | None) -> str:
 
 
 def _draw(path: Path, rows: list[dict], title: str) -> None:
-    """Mean loss of ACC against mean ASR, one mark a method, one panel a table."""
+    """ACC lost and ASR of each method, the best DER on top, one pair of panels a table.
+
+    A method with fewer runs than others is left out: its mean is over other victims.
+    """
     groups = {name: group for name, group in _grouped(rows, _group).items() if group[0]["der"] is not None}
-    with figure(path, 5.2 * len(groups), 4.6, layout="constrained") as drawn:
-        axes = drawn.subplots(1, len(groups), squeeze=False)[0]
+    means = {}
+    for name, group in groups.items():
+        methods = _grouped(group, _method)
+        most = max(map(len, methods.values()))
+        complete = {method: _mean_of_seeds(runs) for method, runs in methods.items() if len(runs) == most}
+        means[name] = sorted(complete.items(), key=lambda pair: pair[1]["der"].mean)
+    longest = max(map(len, means.values()))
+    with figure(path, 5.6 * len(means), 1.4 + 0.24 * longest, layout="constrained") as drawn:
         drawn.suptitle(title, fontsize=10)
-        for axis, (name, group) in zip(axes, groups.items(), strict=True):
-            for method, runs in _grouped(group, _method).items():
-                mean = _mean_of_seeds(runs)
-                ours = "FIP" in method
-                colour = LIGHT.vermillion if "Fast" in method else LIGHT.blue if ours else LIGHT.grey
-                x, y = -mean["change"].mean, mean["after"]["asr"].mean
-                axis.plot(
-                    x, y, "o" if ours else "s", color=colour, fillstyle="none" if "control" in method else "full"
-                )
-                axis.annotate(f" {method}", (x, y), fontsize=7, color=colour)
-            axis.set(title=name, xlabel="ACC lost (points)", ylabel="ASR (percent)", ylim=(-3, 103))
-            axis.margins(x=0.25)
-            axis.grid(True)
+        axes = drawn.subplots(1, 2 * len(means), squeeze=False)[0]
+        for (name, methods), lost, asr in zip(means.items(), axes[::2], axes[1::2], strict=True):
+            for place, (method, mean) in enumerate(methods):
+                colour = LIGHT.vermillion if "Fast" in method else LIGHT.blue if "FIP" in method else LIGHT.grey
+                style = {"fmt": "o", "color": colour, "mfc": "none" if "control" in method else colour, "ms": 5}
+                change, success = mean["change"], mean["after"]["asr"]
+                lost.errorbar(-change.mean, place, xerr=change.deviation, **style)
+                asr.errorbar(success.mean, place, xerr=success.deviation, **style)
+            lost.set_yticks(range(len(methods)), [method for method, _ in methods])
+            asr.set_yticks(range(len(methods)), [])
+            lost.set(title=name, xlabel="ACC lost (points)")
+            asr.set(xlabel="ASR (percent)", xlim=(-4, 104))
+            for axis in (lost, asr):
+                axis.grid(True)
+                axis.set_axisbelow(True)
