@@ -1,7 +1,7 @@
 """λ_max and Tr H of a ResNet-18 on 200 images of 32×32: hf_fip beside PyHessian and curvlinops, at the same tolerance.
 
     pip install pyhessian curvlinops-for-pytorch
-    python benchmarks/curvature_cost.py [--device cuda] [--rounds 5] [--output results/curvature_cost]
+    python benchmarks/curvature_cost.py [--device cuda] [--rounds 5] [--output results/curvature/cost]
 
 λ_max to 1e-3 as each library defines it (hf_fip: bound of the error; PyHessian: change from one power iteration to the
 next; ARPACK, for curvlinops: bound of the error). Tr H to a standard error of 5 %, with as many probes as that takes:
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--steps", type=int, default=20, help="of training, before anything is measured")
     parser.add_argument("--error", type=float, default=0.05, help="standard error of Tr H, relative to it")
-    parser.add_argument("--output", default="results/curvature_cost", help="writes OUTPUT.json and OUTPUT.md")
+    parser.add_argument("--output", default="results/curvature/cost", help="writes OUTPUT.json and OUTPUT.md")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     case = Case(args.device, args.images, args.steps)
