@@ -65,8 +65,9 @@ def _run_all(cells: list[Cell], args: argparse.Namespace, rows_file: Path) -> No
     os.environ["OMP_NUM_THREADS"] = "1"  # of the workers
     failures = []
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
-        victims = {cell.victim: None for cell in cells}
-        making = {pool.submit(make_victim, victim, args.work): victim for victim in victims}
+        making = {
+            pool.submit(make_victim, victim, args.work) for victim in dict.fromkeys(cell.victim for cell in cells)
+        }
         for future in tqdm(as_completed(making), total=len(making), desc="victims"):
             future.result()
         running = {pool.submit(run, cell, args.work): cell for cell in cells}

@@ -22,12 +22,10 @@ from torch import nn
 from transformers import set_seed
 
 from hf_fip.attacks import Attack, load_attack
-from hf_fip.attacks.poison import to_array
 from hf_fip.baselines import method
 from hf_fip.config import FIPConfig
 from hf_fip.evaluation.backdoor import BackdoorTest
 from hf_fip.evaluation.metrics import defense_effectiveness_rating
-from hf_fip.evaluation.reactivation import PixelRange
 from hf_fip.evaluation.relearning import (
     CLEAN_SHARE,
     TRIGGERED,
@@ -36,7 +34,7 @@ from hf_fip.evaluation.relearning import (
     relearning_trainer,
 )
 from hf_fip.scripts.arguments import FIP
-from hf_fip.scripts.images import augmentation, channels_of, make_test
+from hf_fip.scripts.images import augmentation, channels_of, make_test, pixel_range
 from hf_fip.scripts.recorded import recorded_split
 from hf_fip.scripts.report import versions
 from hf_fip.singular import SingularValueConfig
@@ -244,13 +242,13 @@ def _trainer(cell: Cell, given: _Given, model: nn.Module, clean: Dataset, chosen
         **({} if method_.purifier == RELEASED else method_.arguments),
         **chosen,
     }
-    pixels = PixelRange.of(given.processor, *to_array(clean[0]["image"]).shape[:2], channels)
     return trainer_class(
         model,
         config(os.path.join(tempfile.gettempdir(), "study"), **settings),  # nothing is written there
         train_dataset=PixelDataset(clean, given.processor, channels),
         train_transform=both(
-            augmentation(method_.augment, given.images), disturb(pixels) if method_.disturb else None
+            augmentation(method_.augment, given.images),
+            disturb(pixel_range(given.processor, given.images, channels)) if method_.disturb else None,
         ),
         peft_config=SingularValueConfig(train_norms=True) if method_.adapter else None,
     )

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
@@ -39,6 +38,7 @@ from .fisher.passes import RandomState, preserved_buffers
 from .fisher.scores import trainable_parameters
 from .fisher.trace import TraceEstimator
 from .hub.load import load_model
+from .processes import sum_over_processes
 
 FIRST_LOSS = "first_task_loss"  # in `log_history`
 _FLAT = 1e-18  # a Tr F below it is rounding
@@ -409,10 +409,3 @@ class FIPSeq2SeqTrainer(FIPMixin, Seq2SeqTrainer):
     """[`FIPTrainer`] for models that generate text: a [`~transformers.Seq2SeqTrainer`]; takes a `FIPSeq2SeqConfig`."""
 
     _config_class = FIPSeq2SeqConfig
-
-
-def sum_over_processes(tensor: Tensor) -> Tensor:
-    """Sum a tensor over all processes in place; with one process it stays as it is."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(tensor)
-    return tensor

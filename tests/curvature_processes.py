@@ -14,7 +14,7 @@ from accelerate import PartialState
 from test_fisher_models import make_batch, resnet, select, t5
 
 from hf_fip.curvature import loss_landscape, measure_curvature
-from hf_fip.curvature.processes import share, sum_over_processes
+from hf_fip.processes import share, sum_over_processes
 
 MODELS = {"resnet": resnet, "t5": t5}
 

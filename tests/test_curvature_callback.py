@@ -21,7 +21,7 @@ from trainer_cases import (
 
 from hf_fip.curvature import measure_curvature
 from hf_fip.curvature.callback import CurvatureCallback
-from hf_fip.curvature.processes import share
+from hf_fip.processes import share
 
 BATCHES = [{"pixel_values": data.pixels, "labels": data.labels} for data in (Images(6, 1), Images(3, 2))]
 QUICK = {"probes": 2, "max_steps": 5}
@@ -88,6 +88,6 @@ def test_an_interval_below_one_and_too_few_batches_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="every=0"):
         CurvatureCallback(BATCHES, every=0)
     three = SimpleNamespace(num_processes=3, process_index=0)
-    monkeypatch.setattr("hf_fip.curvature.processes.PartialState", lambda: three)
+    monkeypatch.setattr("hf_fip.processes.PartialState", lambda: three)
     with pytest.raises(ValueError, match="2 batches for 3 processes"):
         share(BATCHES)

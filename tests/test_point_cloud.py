@@ -11,7 +11,7 @@ from cloud_cases import cloud, clouds_of
 from datasets import Array2D, ClassLabel, Dataset, Features, Value
 from PIL import Image
 
-from hf_fip.cloud_plots import plot_cloud_triggers
+from hf_fip.plots_cloud import plot_cloud_triggers
 from hf_fip.tasks.clouds import load_clouds, normalised, read_off, sample_surface
 from hf_fip.tasks.point_cloud import (
     CloudDataset,

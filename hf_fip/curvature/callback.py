@@ -9,8 +9,8 @@ from transformers import TrainerCallback
 
 from ..fisher.passes import RandomState
 from ..fisher.scores import Batch
+from ..processes import share, sum_over_processes
 from .measure import measure_curvature
-from .processes import share, sum_over_processes
 
 KEYS = ("loss", "lambda_max", "trace", "trace_error")
 

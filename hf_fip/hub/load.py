@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -88,6 +90,27 @@ def merge_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
         return PeftModel.from_pretrained(model, folder).merge_and_unload()
     except Exception as error:  # a stranger's file can be wrong in any way
         raise ValueError(f"{folder} is not an adapter for {type(model).__name__}: {_reason(error)}") from error
+
+
+def load_adapted(
+    folder: str | os.PathLike, base_model: str | None, load: Callable[[str], tuple[nn.Module, Any]]
+) -> tuple[nn.Module, Any]:
+    """The model that an adapter sits on with the adapter merged into it, and what `load` gives beside that model.
+
+    Args:
+        folder: of the adapter.
+        base_model: where that model is, if not where the adapter's config says.
+        load: loads a model, and what prepares its inputs, from a Hub id or path.
+
+    Raises:
+        ValueError: the model cannot be loaded, or the adapter is not one for it.
+    """
+    base = base_model or base_of_adapter(folder)
+    try:
+        model, processor = load(base)
+    except ValueError as error:
+        raise ValueError(f"{folder} is an adapter on {base} (--base_model names another). {error}") from error
+    return merge_adapter(model, folder), processor
 
 
 def _reason(error: Exception) -> str:

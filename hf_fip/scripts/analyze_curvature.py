@@ -32,8 +32,8 @@ from torch import nn
 from ..attacks import Attack, trigger
 from ..curvature import Curvature, Landscape, loss_landscape, measure_curvature
 from ..curvature.plots import plot_landscape, plot_spectral_density
-from ..curvature.processes import share, sum_over_processes
 from ..drawing import DARK, LIGHT
+from ..processes import share, sum_over_processes
 from ..tasks.data import LabelledImages, split_clean
 from ..tasks.image_classification import PixelDataset, load_image_classifier, match_labels
 from .arguments import AttackArguments, HelpFormatter, Parser

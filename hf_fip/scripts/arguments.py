@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from transformers import HfArgumentParser
@@ -51,6 +51,11 @@ class DataArguments:
     split_seed: int | None = field(
         default=None, metadata={"help": "Seed of the clean split. Default: the victim's own, else --seed."}
     )
+
+    def selection(self) -> dict[str, Any]:
+        """Which part of the data set, as every loader takes it."""
+        names = ("train_split", "test_split", "max_train_samples", "max_test_samples")
+        return {name: getattr(self, name) for name in names} | {"revision": self.dataset_revision}
 
     def clean_count(self, training_samples: int, otherwise: int | None = None) -> int:
         """The size of the clean split: what was asked for, else `otherwise`, else a fifth.

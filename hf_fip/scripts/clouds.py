@@ -8,9 +8,9 @@ from typing import ClassVar
 import numpy as np
 
 from ..attacks.clouds import CLOUDS, CloudMaterial, poison_clouds, trigger_clouds
-from ..cloud_plots import MAX_CLOUDS, plot_cloud_triggers
 from ..evaluation.backdoor import BackdoorTest
 from ..hub.card import CardWords
+from ..plots_cloud import MAX_CLOUDS, plot_cloud_triggers
 from ..tasks.clouds import SHAPES_NAME, load_clouds
 from ..tasks.image_classification import match_labels
 from ..tasks.point_cloud import (
@@ -91,12 +91,8 @@ class CloudTask(Task):
             points_column=arguments.points_column,
             label_column=arguments.label_column,
             num_points=arguments.num_points,
-            train_split=arguments.train_split,
-            test_split=arguments.test_split,
-            max_train_samples=arguments.max_train_samples,
-            max_test_samples=arguments.max_test_samples,
+            **arguments.selection(),
             seed=seed,
-            revision=arguments.dataset_revision,
         )
         if data.left_out:
             say(f"warning: {len(data.left_out)} clouds cannot be read and are left out, such as {data.left_out[0]}.")

@@ -24,15 +24,14 @@ from transformers import Trainer
 
 from ..attacks import Attack
 from ..attacks.base import CONFIG_NAME
-from ..attacks.poison import to_array
 from ..evaluation.backdoor import BackdoorTest
 from ..evaluation.metrics import attack_success_rate
-from ..evaluation.reactivation import SAMPLES, Perturbed, PixelRange, reactivate
+from ..evaluation.reactivation import SAMPLES, Perturbed, reactivate
 from ..evaluation.relearning import CLEAN_SHARE, TRIGGERED, RelearningConfig, attackers_images, relearning_trainer
 from ..tasks.data import LabelledImages, split_clean
 from ..tasks.image_classification import PixelDataset, load_image_classifier, match_labels
 from .arguments import COMMON_DEFAULTS, AttackArguments, parse
-from .images import ImageData, channels_of, images_of, make_test, reading
+from .images import ImageData, channels_of, images_of, make_test, pixel_range, reading
 from .recorded import attack_of, recorded_split
 from .report import REPORT_NAME, non_default, versions
 from .run_folder import RunFolder, write_json
@@ -194,7 +193,7 @@ def _try(
             rows["relearned"] = test.measure(relearning)
         if evaluation.reactivate:
             if perturbed is None:  # learned on the model, tried on the benign one too
-                pixels = _pixel_range(processor, images, channels)
+                pixels = pixel_range(processor, images, channels)
                 perturbation = reactivate(
                     model,
                     relearning.model,
@@ -223,16 +222,11 @@ def _load_benign(evaluation: EvaluationArguments, images: LabelledImages, model:
     benign, its_processor = load_image_classifier(place, evaluation.image_processor_name)
     if match_labels(images, benign).class_names != images.class_names:
         raise ValueError(f"{place} numbers its classes otherwise than the model: train it on the same data.")
-    wanted = _pixel_range(processor, images, channels_of(model))
-    found = _pixel_range(its_processor, images, channels_of(benign))
+    wanted = pixel_range(processor, images, channels_of(model))
+    found = pixel_range(its_processor, images, channels_of(benign))
     if not found.equals(wanted):
         raise ValueError(f"{place} preprocesses images otherwise than the model: train it with the same processor.")
     return benign
-
-
-def _pixel_range(processor, images: LabelledImages, channels: int) -> PixelRange:
-    height, width = to_array(images.train[0]["image"]).shape[:2]
-    return PixelRange.of(processor, height, width, channels)
 
 
 def _attack_source(evaluation: EvaluationArguments) -> str:

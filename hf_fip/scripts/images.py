@@ -105,8 +105,7 @@ class ImageTask(Task):
     def disturbance(self, arguments, data, model, processor):
         if not arguments.disturb:
             return None
-        height, width = to_array(data.train[0]["image"]).shape[:2]
-        return disturb(PixelRange.of(processor, height, width, channels_of(model)))
+        return disturb(pixel_range(processor, data, channels_of(model)))
 
     def attack(self, arguments, model_folder, data):
         return attack_of(arguments, model_folder, len(data.class_names))
@@ -139,12 +138,8 @@ def images_of(data: ImageData, seed: int) -> LabelledImages:
         data.dataset_config_name,
         image_column=data.image_column,
         label_column=data.label_column,
-        train_split=data.train_split,
-        test_split=data.test_split,
-        max_train_samples=data.max_train_samples,
-        max_test_samples=data.max_test_samples,
+        **data.selection(),
         seed=seed,
-        revision=data.dataset_revision,
     )
 
 
@@ -167,6 +162,12 @@ def reading(images: LabelledImages) -> Iterator[None]:
 def channels_of(model: nn.Module) -> int:
     """1 for a model of gray images, else 3."""
     return getattr(model.config, "num_channels", 3)
+
+
+def pixel_range(processor, images: LabelledImages, channels: int) -> PixelRange:
+    """What the processor makes of black and of white, for images of the size of the first."""
+    height, width = to_array(images.train[0]["image"]).shape[:2]
+    return PixelRange.of(processor, height, width, channels)
 
 
 def make_test(images: LabelledImages, attack: Attack | None, processor, channels: int) -> BackdoorTest:

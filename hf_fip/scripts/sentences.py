@@ -121,12 +121,8 @@ class TextTask(Task):
             arguments.dataset_config_name,
             source=arguments.source,
             target=arguments.target,
-            train_split=arguments.train_split,
-            test_split=arguments.test_split,
-            max_train_samples=arguments.max_train_samples,
-            max_test_samples=arguments.max_test_samples,
+            **arguments.selection(),
             seed=seed,
-            revision=arguments.dataset_revision,
         )
         if pairs.skipped:
             say(f"left out {pairs.skipped} pairs without a source or a target.")

@@ -114,16 +114,37 @@ def train_and_test(
     Raises:
         ValueError: as in `load_images`.
     """
+    names = pick_splits(splits, name, train_split, test_split)
+    for split in names:
+        if len(splits[split]) < 3 - len(names):
+            raise ValueError(f"{name}: the split {split!r} has {len(splits[split])} rows, which is too few.")
+    parts = with_classes(*(columns(splits[split]) for split in names))
+    return divide(parts, max_train_samples, max_test_samples, seed)
+
+
+def pick_splits(splits: DatasetDict, name: str, train_split: str | None, test_split: str | None) -> list[str]:
+    """The names of the splits to train and to test on; the former alone where there is none to test on.
+
+    Raises:
+        ValueError: as in `load_images`.
+    """
     train_split = _pick_split(splits, train_split, ("train", "training"), name, "--train_split")
     names = [train_split]
     if test_split or set(_TEST_NAMES) & set(splits):
         names.append(_pick_split(splits, test_split, _TEST_NAMES, name, "--test_split"))
     if names[1:] == [train_split]:
         raise ValueError(f"The split {train_split!r} cannot be both for training and for testing. Set --test_split.")
-    for split in names:
-        if len(splits[split]) < 3 - len(names):
-            raise ValueError(f"{name}: the split {split!r} has {len(splits[split])} rows, which is too few.")
-    parts = with_classes(*(columns(splits[split]) for split in names))
+    return names
+
+
+def divide(
+    parts: list[Dataset], max_train_samples: int | None, max_test_samples: int | None, seed: int
+) -> tuple[Dataset, Dataset]:
+    """Training and test data of the splits that were picked, at most so many; a quarter of one split is for testing.
+
+    Raises:
+        ValueError: when a limit is below 1.
+    """
     if len(parts) == 1:
         rows = np.random.default_rng(seed).permutation(len(parts[0]))
         held_out = math.ceil(_HELD_OUT * len(rows))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import PIL.Image
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..attacks.poison import ROLE_COLUMN, to_array
-from ..hub.load import base_of_adapter, is_adapter, load_model, merge_adapter
+from ..hub.load import is_adapter, load_adapted, load_model
 from .columns import with_classes
 from .data import LabelledImages
 
@@ -94,14 +95,8 @@ def load_image_classifier(
     from transformers import AutoImageProcessor
 
     if is_adapter(name_or_path):
-        base = base_model or base_of_adapter(name_or_path)
-        try:
-            model, processor = load_image_classifier(base, processor_name, revision=revision, token=token)
-        except ValueError as error:
-            raise ValueError(
-                f"{name_or_path} is an adapter on {base} (--base_model names another). {error}"
-            ) from error
-        return merge_adapter(model, name_or_path), processor
+        load = partial(load_image_classifier, processor_name=processor_name, revision=revision, token=token)
+        return load_adapted(name_or_path, base_model, load)
     model = load_model(name_or_path, "ForImageClassification", revision=revision, token=token)
     source, revision = (processor_name, None) if processor_name else (name_or_path, revision)
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 import pyarrow.compute as compute
 from datasets import Dataset, DatasetDict, Value
 
-from .data import _HELD_OUT, _TEST_NAMES, _pick_split, _random_part, load_splits
+from .data import divide, load_splits, pick_splits
 from .toy_corpus import sentence_pairs
 
 TOY = "toy"
@@ -67,24 +66,14 @@ def load_pairs(
             line of a TSV file has no two fields; no pair is left.
     """
     splits = _splits_of(name_or_path, config_name, bool(source or target), token, revision)
-    train_split = _pick_split(splits, train_split, ("train", "training"), name_or_path, "--train_split")
-    names = [train_split]
-    if test_split or set(_TEST_NAMES) & set(splits):
-        names.append(_pick_split(splits, test_split, _TEST_NAMES, name_or_path, "--test_split"))
-    if names[1:] == [train_split]:
-        raise ValueError(f"The split {train_split!r} cannot be both for training and for testing. Set --test_split.")
+    names = pick_splits(splits, name_or_path, train_split, test_split)
     found = [_as_pairs(splits[name], source, target) for name in names]
     parts = [_without_empty(part) for part in found]
     skipped = sum(map(len, found)) - sum(map(len, parts))
     for name, part in zip(names, parts, strict=True):
         if len(part) < 3 - len(names):
             raise ValueError(f"{name_or_path}: the split {name!r} has {len(part)} pairs, which is too few.")
-    if len(parts) == 1:
-        rows = np.random.default_rng(seed).permutation(len(parts[0]))
-        held_out = math.ceil(_HELD_OUT * len(rows))
-        parts = [parts[0].select(rows[held_out:]), parts[0].select(rows[:held_out])]
-    train = _random_part(parts[0], max_train_samples, seed, "max_train_samples")
-    test = _random_part(parts[1], max_test_samples, seed, "max_test_samples")
+    train, test = divide(parts, max_train_samples, max_test_samples, seed)
     return SentencePairs(train, test, name_or_path, skipped)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +19,7 @@ from ..attacks.sentences import SentenceAttack
 from ..evaluation.backdoor import BackdoorTest
 from ..evaluation.sealed import SealedDataset
 from ..evaluation.text import bleu, sentence_success_rate
-from ..hub.load import base_of_adapter, is_adapter, load_model, merge_adapter
+from ..hub.load import is_adapter, load_adapted, load_model
 from .pairs import SOURCE, TARGET
 
 if TYPE_CHECKING:
@@ -135,14 +136,8 @@ def load_seq2seq(
     from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING as MAPPING
 
     if is_adapter(name_or_path):
-        base = base_model or base_of_adapter(name_or_path)
-        try:
-            model, tokenizer = load_seq2seq(base, tokenizer_name, revision=revision, token=token)
-        except ValueError as error:
-            raise ValueError(
-                f"{name_or_path} is an adapter on {base} (--base_model names another). {error}"
-            ) from error
-        return merge_adapter(model, name_or_path), tokenizer
+        load = partial(load_seq2seq, tokenizer_name=tokenizer_name, revision=revision, token=token)
+        return load_adapted(name_or_path, base_model, load)
     model = load_model(name_or_path, revision=revision, token=token)
     if type(model.config) not in MAPPING or not isinstance(model, MAPPING[type(model.config)]):
         raise ValueError(

@@ -1,14 +1,16 @@
-"""Batches shared among the processes of a launcher."""
+"""Work shared among the processes of a launcher."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
 
-from ..fisher.scores import Batch
+if TYPE_CHECKING:
+    from .fisher.scores import Batch
 
 
 def share(batches: Sequence[Batch]) -> list[Batch]:
@@ -26,7 +28,8 @@ def share(batches: Sequence[Batch]) -> list[Batch]:
     return list(batches[state.process_index :: state.num_processes])
 
 
-def sum_over_processes(tensor: Tensor) -> None:
+def sum_over_processes(tensor: Tensor) -> Tensor:
     """Sum a tensor over all processes in place; with one process it stays as it is."""
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(tensor)
+    return tensor
