@@ -115,7 +115,8 @@ class Hessian(MeanLoss):
 
     def random_signs(self, generator: torch.Generator) -> Tensor:
         """A Rademacher vector: entries of ±1. Drawn on CPU, so that a seed gives the same one on every device."""
-        return (torch.randint(0, 2, (self.size,), generator=generator) * 2 - 1).to(self.device, self.dtype)
+        bits = torch.randint(0, 2, (self.size,), generator=generator, dtype=torch.int8)
+        return (bits * 2 - 1).to(self.device, self.dtype)
 
     # Products with the Hessian of a part
 

@@ -70,10 +70,13 @@ def lanczos(hessian: Hessian, start: Tensor, steps: int, done: Callable[[Krylov]
         basis.append(vector)
         rest = hessian.product(vector)
         alphas.append((vector * rest).sum().item())
-        for _ in range(2):  # once is not enough where the rest is small beside the product
+        rest -= alphas[-1] * vector
+        before, beta = math.inf, _norm(rest)
+        while beta < before / 2:  # much was taken out, so that rounding has left some of it
+            before = beta
             for earlier in reversed(basis):
-                rest -= (earlier * rest).sum() * earlier
-        beta = _norm(rest)
+                remove_component(rest, earlier)
+            beta = _norm(rest)
         scale = max(map(abs, alphas + betas))
         if beta <= 10 * torch.finfo(rest.dtype).eps * scale or len(basis) == hessian.size:
             beta = 0.0
@@ -87,6 +90,11 @@ def lanczos(hessian: Hessian, start: Tensor, steps: int, done: Callable[[Krylov]
 def _solved(basis: list[Tensor], alphas: list[float], betas: list[float], beta: float) -> Krylov:
     values, vectors = np.linalg.eigh(np.diag(alphas) + np.diag(betas, 1) + np.diag(betas, -1))
     return Krylov(list(basis), values[::-1], vectors[0, ::-1], vectors[-1, ::-1], beta)
+
+
+def remove_component(vector: Tensor, direction: Tensor) -> None:
+    """Make a vector orthogonal to a unit vector, in place: no copy of the size of the parameters."""
+    vector.sub_(direction, alpha=torch.dot(direction, vector).item())
 
 
 def _norm(vector: Tensor) -> float:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from .hessian import Hessian
-from .lanczos import Krylov
+from .lanczos import Krylov, remove_component
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def hessian_trace(hessian: Hessian, *, probes: int = 20, krylov: Krylov | None =
     for _ in range(probes):
         probe = hessian.random_signs(generator)
         for vector in [] if krylov is None else krylov.basis:
-            probe -= (vector * probe).sum() * vector
+            remove_component(probe, vector)
         samples.append(inside + (probe * hessian.product(probe)).sum().item())
     error = statistics.stdev(samples) / math.sqrt(probes) if probes > 1 else math.nan
     return Trace(statistics.fmean(samples), error, samples)
