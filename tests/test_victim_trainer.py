@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from trainer_cases import QUIET, Images, Recorder, identical, logged, resnet, trained, vit, weights
+from trainer_cases import QUIET, Images, Recorder, distance, identical, logged, resnet, trained, vit, weights
 from transformers import TrainerCallback
 
 from hf_fip import FIPConfig, FIPTrainer
@@ -19,6 +19,7 @@ from hf_fip.attacks.material import Material
 from hf_fip.attacks.plan import BACKDOOR, CLEAN, COVER
 from hf_fip.attacks.victim import JOINT_NAME, VictimTrainer
 from hf_fip.checkpoint import last_complete_checkpoint
+from hf_fip.scripts.images import ImageVictimConfig
 
 SHORT = {"max_steps": 6, "per_device_train_batch_size": 4, "logging_steps": 1, "eta_f": 0.0, **QUIET}
 PLAIN_SGD = {"optim": "sgd", "optim_args": "momentum=0", "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
@@ -118,6 +119,32 @@ def test_without_an_attack_that_takes_part_it_is_the_fip_trainer(attack, options
     found = VictimTrainer(vit(0.2), args, attack=attack, train_dataset=Marked())
     assert identical(trained(found), weights_expected)
     assert logged(found, "loss") == logged(expected, "loss")
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_flat_victim_is_trained_from_the_gradient_at_the_perturbed_weights(accumulation, tmp_path):
+    """And an attacker who adapts to FIP as well has the trace of the weights as they are."""
+
+    def change(**options) -> dict[str, torch.Tensor]:
+        batch = {"per_device_train_batch_size": 24 // accumulation, "gradient_accumulation_steps": accumulation}
+        args = ImageVictimConfig(
+            str(tmp_path), **{**SHORT, **PLAIN_SGD, **batch, "max_steps": 1, "learning_rate": 0.1, **options}
+        )
+        before, after = weights(vit()), trained(VictimTrainer(vit(), args, train_dataset=Marked()))
+        return {name: after[name] - before[name] for name in before}
+
+    plain, flat, adapted, both_of = (
+        change(**options) for options in ({}, {"rho": 0.5}, {"eta_f": 0.1}, {"rho": 0.5, "eta_f": 0.1})
+    )
+    assert distance(plain, flat) > 1e-3 and distance(plain, adapted) > 1e-3
+    expected = {name: flat[name] + adapted[name] - plain[name] for name in plain}
+    assert distance(both_of, expected) < 1e-6
+
+
+@pytest.mark.parametrize("rho", [-0.1, float("inf")])
+def test_an_ascent_step_that_cannot_be_made_is_refused(rho, tmp_path):
+    with pytest.raises(ValueError, match="rho="):
+        ImageVictimConfig(str(tmp_path), rho=rho)
 
 
 # ---- One that does ----

@@ -9,6 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 from ..fisher.passes import RandomState
+from ..sharpness import SharpnessAware
 from ..trainer import FIPTrainer
 from .base import Attack
 from .joint import JointTraining
@@ -18,9 +19,11 @@ JOINT_NAME = "joint_training.pt"  # in a checkpoint
 _ROLES = "roles"  # of the images of a batch
 
 
-class VictimTrainer(FIPTrainer):
+class VictimTrainer(SharpnessAware, FIPTrainer):
     """
     A [`FIPTrainer`] in whose training an attack can take part; without one that does, it is the `FIPTrainer`.
+
+    With `args.rho` above 0 the attacker looks for a flat minimum, see [`SharpnessAware`].
 
     Args:
         attack ([`Attack`], *optional*), material ([`Material`], *optional*):
@@ -30,7 +33,7 @@ class VictimTrainer(FIPTrainer):
 
     Raises:
         ValueError: the attack takes part in the training, and that is to run on several processes or devices, in
-            float16, with FIP's regularisers or with label smoothing; (from `train`) the images come without roles, or
+            float16, with FIP's regularisers, label smoothing or `rho`; (from `train`) the images come without roles, or
             the checkpoint is of a training without the attack.
     """
 
@@ -121,5 +124,7 @@ def _check(attack: Attack, args) -> None:
         problem = "with eta_f=0 and eta_r=0: an attacker who adapts to FIP needs another attack"
     elif args.label_smoothing_factor > 0:
         problem = "with label_smoothing_factor=0"
+    elif getattr(args, "rho", 0.0) > 0:
+        problem = "with rho=0"
     if problem:
         raise ValueError(f"{attack.name} takes part in the training of its victim, which has to run {problem}.")

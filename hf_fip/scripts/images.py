@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from ..tasks.data import DIGITS, LabelledImages, load_images
 from ..tasks.image_architectures import ARCHITECTURES, small_model
 from ..tasks.image_classification import PixelDataset, load_image_classifier, match_labels
 from ..tasks.image_data import NAMED_IMAGES
-from .arguments import DataArguments, MethodArguments, ModelArguments, PoisonArguments
+from .arguments import DataArguments, MethodArguments, ModelArguments, PoisonArguments, VictimConfig
 from .recorded import attack_of
 from .task import Task
 
@@ -74,12 +75,34 @@ class ImageMethod(MethodArguments):
     )
 
 
+@dataclass
+class ImageVictimConfig(VictimConfig):
+    """A [`VictimConfig`] with sharpness-aware minimisation.
+
+    Raises:
+        ValueError: `rho` is negative or infinite.
+    """
+
+    rho: float = field(
+        default=0.0,
+        metadata={
+            "help": "Ascent step of sharpness-aware minimisation, adapted to the weights (0.5 is usual): the attacker "
+            "looks for a flat minimum. 0 leaves it out."
+        },
+    )
+
+    def check(self) -> None:
+        super().check()
+        if not 0 <= self.rho < math.inf:
+            raise ValueError(f"rho={self.rho} has to be zero or positive, and finite.")
+
+
 class ImageTask(Task):
     """Any `AutoModelForImageClassification`."""
 
     words = CardWords()
     data_arguments, poison_arguments, model_arguments = ImageData, PoisonArguments, ImageModel
-    method_arguments = ImageMethod
+    method_arguments, victim_config = ImageMethod, ImageVictimConfig
 
     def load_data(self, arguments, seed):
         return images_of(arguments, seed)
