@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,16 @@ import torch
 from datasets import Dataset
 from study_published import load_published
 from study_released import train as train_by_released_code
+from study_typeset import typeset_digits
 from torch import nn
-from transformers import set_seed
+from transformers import Trainer, set_seed
 
 from hf_fip.attacks import Attack, load_attack
 from hf_fip.baselines import method
 from hf_fip.config import FIPConfig
 from hf_fip.evaluation.backdoor import BackdoorTest
 from hf_fip.evaluation.metrics import defense_effectiveness_rating
+from hf_fip.evaluation.reactivation import SAMPLES, Perturbed, reactivate
 from hf_fip.evaluation.relearning import (
     CLEAN_SHARE,
     TRIGGERED,
@@ -118,7 +120,9 @@ class Cell:
     victim: Victim
     method: Method
     clean_samples: int | None = None  # what the victim kept aside
+    typeset: bool = False  # the clean images are digits in print
     relearn: bool = False
+    reactivate: bool = False
 
     @property
     def key(self) -> dict[str, Any]:
@@ -172,6 +176,8 @@ def _load(cell: Cell, folder: Path) -> _Given:
     model, processor = load_image_classifier(str(folder))
     attack = None if victim.attack == "none" else load_attack(folder)
     clean, rest = split_clean(images.train, split["samples"], split["seed"])
+    if cell.typeset:
+        clean = typeset_digits(images.train)
     if cell.clean_samples is not None:
         clean, _ = split_clean(clean, cell.clean_samples, split["seed"])
     return _Given(model, processor, attack, images, clean, rest)
@@ -197,13 +203,18 @@ def run(cell: Cell, work: Path) -> dict[str, Any]:
     folder = make_victim(cell.victim, work)
     given = _load(cell, folder)
     row: dict[str, Any] = {"cell": cell.key, "versions": versions()}
+    benign = None
+    if cell.reactivate:
+        benign = load_image_classifier(str(make_victim(replace(cell.victim, attack="none", options=()), work)))[0]
     try:
-        return row | _purified(cell, given, lambda: _load(cell, folder).model)
+        return row | _purified(cell, given, benign, lambda: _load(cell, folder).model)
     except (FloatingPointError, ValueError) as error:
         return row | {"failed": str(error)}
 
 
-def _purified(cell: Cell, given: _Given, fresh_model: Callable[[], nn.Module]) -> dict[str, Any]:
+def _purified(
+    cell: Cell, given: _Given, benign: nn.Module | None, fresh_model: Callable[[], nn.Module]
+) -> dict[str, Any]:
     channels = channels_of(given.model)
     test = make_test(given.images, given.attack, given.processor, channels)
     row = {"clean_samples": len(given.clean), "test_samples": len(given.images.test)}
@@ -226,8 +237,11 @@ def _purified(cell: Cell, given: _Given, fresh_model: Callable[[], nn.Module]) -
     row |= {"trained": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)}
     row |= {"device": trainer.args.device.type, "after": test.measure(trainer)}
     row["der"] = None if given.attack is None else defense_effectiveness_rating(row["before"], row["after"])
-    if cell.relearn and given.attack is not None:
-        row["relearned"] = _relearned(trainer.model, given, test, cell.victim.seed)
+    if given.attack is not None and (cell.relearn or cell.reactivate):
+        relearned = _relearned(trainer.model, given, cell.victim.seed)
+        row["relearned"] = test.measure(relearned)
+        if cell.reactivate:
+            row["reactivated"] = _reactivated(trainer, relearned.model, benign, given, test, cell.victim.seed)
     return row
 
 
@@ -261,12 +275,29 @@ def _train(cell: Cell, trainer: FIPTrainer) -> None:
         trainer.train()
 
 
-def _relearned(model: nn.Module, given: _Given, test: BackdoorTest, seed: int) -> dict[str, float]:
-    """ACC, ASR and RA after fine-tuning with a few triggered images."""
-    parts = attackers_images(given.rest, given.attack, max(1, round(CLEAN_SHARE * len(given.rest))), TRIGGERED, seed)
-    clean, triggered = (PixelDataset(part, given.processor, channels_of(model)) for part in parts)
+def _relearned(model: nn.Module, given: _Given, seed: int) -> Trainer:
+    """The trainer of a copy that was fine-tuned with a few triggered images."""
+    clean, triggered = _attackers(given, model, max(1, round(CLEAN_SHARE * len(given.rest))), TRIGGERED, seed)
     labels = given.attack.attack_label(triggered.labels, model.config.num_labels)
     arguments = RelearningConfig(os.path.join(tempfile.gettempdir(), "study"), seed=seed, disable_tqdm=True)
     trainer = relearning_trainer(model, clean, triggered, labels, arguments)
     trainer.train()
-    return test.measure(trainer)
+    return trainer
+
+
+def _reactivated(
+    trainer: FIPTrainer, relearned: nn.Module, benign: nn.Module, given: _Given, test: BackdoorTest, seed: int
+) -> dict[str, float]:
+    """ACC, ASR and RA under a perturbation that was learned to wake the backdoor; and its ASR on a benign model."""
+    model, channels = trainer.model, channels_of(trainer.model)
+    pixels = pixel_range(given.processor, given.images, channels)
+    drawn = _attackers(given, model, SAMPLES, SAMPLES, seed)
+    perturbation = reactivate(model, relearned, *drawn, pixels, benign=benign, seed=seed)
+    clean, triggered = (Perturbed(part, perturbation, pixels) for part in (test.clean, test.triggered))
+    perturbed = BackdoorTest(clean, triggered, test.attack_labels)
+    return perturbed.measure(trainer) | {"benign_asr": perturbed.measure(Trainer(benign, trainer.args))["asr"]}
+
+
+def _attackers(given: _Given, model: nn.Module, clean: int, triggered: int, seed: int) -> list[PixelDataset]:
+    parts = attackers_images(given.rest, given.attack, clean, triggered, seed)
+    return [PixelDataset(part, given.processor, channels_of(model)) for part in parts]

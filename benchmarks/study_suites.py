@@ -19,6 +19,7 @@ SEEDS = (1, 2, 3)
 RELEASED_WEIGHTS = (0.5, 0.005)  # the released default, and what its author advises
 RATES = (0.01, 0.05, 0.2)  # of plain fine-tuning with its own learning rate
 DISTURBED = ("ft", "ft_sam", "nad", "fst")  # baselines that are also given FIP's disturbances
+FEW = ("FIP", "FIP, control (eta_f 0)", "Fast FIP", "ft", "ft, disturbed", "nad, disturbed")
 BASELINES = ("ft", "ft_sam", "nad", "fst", "nft", "clp", "anp", "i_bau", "rnp", "awm")
 # What 8×8 pixels of gray need otherwise than the attacks' defaults (see benchmarks/attacks.py).
 DIGITS_ATTACKS = {
@@ -113,7 +114,7 @@ def digits_clean(places: Places) -> list[Cell]:
     return [
         Cell(Victim(DIGITS, family, "badnets", seed), method, clean_samples=count)
         for family in ("resnet", "vit")
-        for method in purifiers(places, family, augment=False)[:5]
+        for method in _few(purifiers(places, family, augment=False))
         for count in (10, 30, 90)
         for seed in SEEDS
     ]
@@ -124,21 +125,50 @@ def digits_poison(places: Places) -> list[Cell]:
     return [
         Cell(Victim(DIGITS, family, "badnets", seed, (("poison_rate", rate),)), method)
         for family in ("resnet", "vit")
-        for method in purifiers(places, family, augment=False)[:5]
+        for method in _few(purifiers(places, family, augment=False))
         for rate in ("0.01", "0.05")
         for seed in SEEDS
     ]
 
 
 def digits_adaptive(places: Places) -> list[Cell]:
-    """Victims of an attacker who knows FIP and trains with the trace penalty (eta_f 0.01, of Tr F, throughout)."""
-    adapted = (("eta_f", "0.01"), ("trace_form", "trace"), ("eta_f_schedule", "constant"))
+    """Victims of an attacker who knows FIP: trained with its penalty (Tr F, eta_f 0.01), or by SAM (rho 0.5)."""
+    penalised = (("eta_f", "0.01"), ("trace_form", "trace"), ("eta_f_schedule", "constant"))
     return [
-        Cell(Victim(DIGITS, family, "badnets", seed, adapted), method)
+        Cell(Victim(DIGITS, family, attack, seed, (*DIGITS_ATTACKS[attack], *adapted)), method)
         for family in ("resnet", "vit")
-        for method in purifiers(places, family, augment=False)[:6]
+        for adapted in (penalised, (("rho", "0.5"),))
+        for method in _few(purifiers(places, family, augment=False))
+        for attack in ("badnets", "blend")
         for seed in SEEDS
     ]
+
+
+def digits_typeset(places: Places) -> list[Cell]:
+    """Clean images from another distribution: 200 digits in print for victims that read handwriting."""
+    return [
+        Cell(Victim(DIGITS, family, attack, seed, options), method, typeset=True)
+        for family in ("resnet", "vit")
+        for method in _few(purifiers(places, family, augment=False))
+        for attack, options in DIGITS_ATTACKS.items()
+        for seed in SEEDS
+    ]
+
+
+def digits_reactivated(places: Places) -> list[Cell]:
+    """Query reactivation: a perturbation of the pixels (16/255) that is learned to wake what is left of a backdoor."""
+    return [
+        Cell(Victim(DIGITS, family, attack, seed, options), method, reactivate=True)
+        for family in ("resnet", "vit")
+        for method in _few(purifiers(places, family, augment=False))
+        for attack, options in DIGITS_ATTACKS.items()
+        for seed in SEEDS
+    ]
+
+
+def _few(methods: list[Method]) -> list[Method]:
+    """FIP, Fast FIP, the control and the strongest baselines, for suites that vary something else."""
+    return [method for method in methods if method.name in FEW]
 
 
 def cifar10(places: Places) -> list[Cell]:
@@ -167,5 +197,8 @@ def published(places: Places) -> list[Cell]:
 
 SUITES: dict[str, Callable[[Places], list[Cell]]] = {
     suite.__name__: suite
-    for suite in (digits, digits_benign, digits_clean, digits_poison, digits_adaptive, cifar10, published)
+    for suite in (
+        *(digits, digits_benign, digits_clean, digits_poison, digits_adaptive, digits_typeset, digits_reactivated),
+        *(cifar10, published),
+    )
 }

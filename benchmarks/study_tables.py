@@ -11,7 +11,19 @@ from hf_fip.evaluation import over_seeds
 from hf_fip.evaluation.metrics import WEAK_VICTIM
 from hf_fip.evaluation.seeds import Spread
 
-COLUMNS = ("ACC", "ΔACC", "ASR", "RA", "DER", "ASR relearned", "seconds", "trained")
+COLUMNS = (
+    "ACC",
+    "ΔACC",
+    "ASR",
+    "RA",
+    "DER",
+    "ASR relearned",
+    "reactivated",
+    "on benign",
+    "seconds",
+    "trained",
+    "runs",
+)
 
 
 def write(results: Path, suite: str, command: str, title: str, rows: list[dict], missing: int) -> str:
@@ -23,8 +35,10 @@ def write(results: Path, suite: str, command: str, title: str, rows: list[dict],
         f"# {suite}: {title}\n",
         f"`{command}`\n",
         "Percent, mean ± standard deviation. ACC on the test images, ASR and RA on those of them whose true class is "
-        "not the target; ΔACC is ACC after minus before; DER is 50 for no effect. ASR relearned: after 5 epochs on "
-        "2 % clean and 5 triggered images. Seconds of one thread, with other runs beside it. "
+        "not the target; ΔACC is ACC after minus before; DER is 50 for no effect. Relearned: ASR after 5 epochs on "
+        "2 % clean and 5 triggered images. Reactivated: ASR under a perturbation that was learned to wake the "
+        "backdoor; on benign: that of perturbation and trigger on a benign model. Seconds of one thread, with other "
+        "runs beside it. "
         + ", ".join(f"{name} {version}" for name, version in first["versions"].items())
         + f", {machine}.\n",
     ]
@@ -44,7 +58,8 @@ def write(results: Path, suite: str, command: str, title: str, rows: list[dict],
 def _group(row: dict) -> str:
     """What one table is about: a kind of model, with what else the suite varies."""
     victim, cell = row["cell"]["victim"], row["cell"]
-    varied = [f"{key} {value}" for key, value in victim["options"] if key in ("poison_rate",) and _is_varied(victim)]
+    varied = [f"{key} {value}" for key, value in victim["options"] if key == "poison_rate" and _is_varied(victim)]
+    varied += [f"attacker's {key} {value}" for key, value in victim["options"] if key in ("eta_f", "rho")]
     if cell["clean_samples"] and not victim["published"]:
         varied.append(f"{cell['clean_samples']} clean images")
     name = victim["family"] if not victim["published"] else "benign" if row["der"] is None else "backdoored"
@@ -74,14 +89,17 @@ def _summary(rows: list[dict]) -> list[str]:
     """One line a method, over all attacks and seeds; the deviation is that of the seeds' means over the attacks."""
     before = _mean_of_seeds(rows)["before"]
     asr = "" if before.get("asr") is None else f", ASR {before['asr']}"
-    lines = [f"Before: ACC {before['accuracy']}{asr}.\n", "| method | " + " | ".join(COLUMNS) + " | runs |"]
-    lines.append("|---" * (len(COLUMNS) + 2) + "|")
+    lines = [f"Before: ACC {before['accuracy']}{asr}.\n"]
+    table = {}
     for name, runs in _grouped(rows, _method).items():
         mean = _mean_of_seeds(runs)
-        after, relearned = mean["after"], mean.get("relearned", {})
+        after, relearned, reactivated = mean["after"], mean.get("relearned", {}), mean.get("reactivated", {})
         values = (after["accuracy"], mean["change"], after.get("asr"), after.get("ra"), mean.get("der"))
-        cells = [_text(value) for value in (*values, relearned.get("asr"), mean["seconds"])]
-        lines.append(f"| {name} | {' | '.join(cells)} | {runs[0]['trained']:,} | {len(runs)} |")
+        values += (relearned.get("asr"), reactivated.get("asr"), reactivated.get("benign_asr"), mean["seconds"])
+        table[name] = [*map(_text, values), f"{runs[0]['trained']:,}", str(len(runs))]
+    measured = [place for place in range(len(COLUMNS)) if any(cells[place] for cells in table.values())]
+    for name, cells in {"method": COLUMNS, "---": ["---"] * len(COLUMNS), **table}.items():
+        lines.append(f"| {name} | {' | '.join(cells[place] for place in measured)} |")
     return lines
 
 

@@ -17,6 +17,9 @@ from study_published import GivenTrigger, ResNet20, SmallVGG, load_published
 from study_released import train as train_by_released_code
 from study_suites import SUITES, Places
 from study_tables import write
+from study_typeset import typeset_digits
+
+from hf_fip.tasks.data import load_images
 
 PLACES = Places("somewhere/on/a/disk/cifar10", "elsewhere/victims", "a/clone")
 
@@ -74,7 +77,27 @@ def test_a_table_of_benign_models_has_no_asr(tmp_path):
         for cell in cells
     ]
     text = write(tmp_path, "digits_benign", "a command", "A title", rows, missing=0)
-    assert "| FIP | 94.0 ± 0.0 | -1.0 ± 0.0 |  |  |  |" in text and not (tmp_path / "digits_benign.png").exists()
+    assert "| method | ACC | ΔACC | seconds |" in text and "| FIP | 94.0 ± 0.0 | -1.0 ± 0.0 | 2.0" in text
+    assert not (tmp_path / "digits_benign.png").exists()
+
+
+def test_a_victim_of_each_kind_of_attacker_has_a_table_of_its_own(tmp_path):
+    cells = [cell for cell in SUITES["digits_adaptive"](Places()) if cell.method.name == "FIP"]
+    text = write(tmp_path, "digits_adaptive", "a command", "A title", [row(cell) for cell in cells], missing=0)
+    assert "## vit, attacker's eta_f 0.01" in text and "## vit, attacker's rho 0.5" in text
+
+
+def test_typeset_digits_are_digits_of_the_same_size_that_nobody_wrote():
+    handwritten = load_images("digits").train
+    printed = typeset_digits(handwritten)
+    assert len(printed) == 200 and printed.features == handwritten.features
+    assert {image.size for image in printed["image"]} == {handwritten[0]["image"].size}
+    flat = np.stack([np.asarray(image, float).ravel() for image in printed["image"]])
+    assert len(np.unique(flat, axis=0)) > 150 and flat.max() > 200
+    labels = np.array(printed["label"])
+    means = np.stack([flat[labels == digit].mean(0) for digit in range(10)])
+    nearest = np.linalg.norm(flat[:, None] - means, axis=-1).argmin(1)
+    assert (nearest == labels).mean() > 0.9  # a digit looks like the same digit in other fonts
 
 
 @pytest.mark.parametrize(("kind", "head"), [(SmallVGG, "classifier"), (ResNet20, "fc"), (ResNet20, "linear")])
