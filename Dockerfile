@@ -1,15 +1,25 @@
-# docker build -t hf-fip . && docker run --rm hf-fip
-# More arguments for pip, for example an index with a smaller build of torch: --build-arg PIP_ARGS="--index-url …"
-FROM python:3.11-slim
+# The demo, on CPU:  docker build -t hf-fip . && docker run --rm hf-fip
+# With CUDA:         docker build --target cuda -t hf-fip:cuda . && docker run --rm --gpus all hf-fip:cuda
+#
+# The package index has PyTorch with its CUDA libraries, gigabytes of them. Give the index of its CPU builds (pytorch.org
+# names it) for a small image: docker build --build-arg TORCH_INDEX=https://… -t hf-fip .
 
-RUN useradd --create-home fip
+FROM python:3.11.13-slim-bookworm AS base
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
+RUN useradd --create-home --uid 1000 fip
 WORKDIR /home/fip/hf_fip
-
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY hf_fip hf_fip
-ARG PIP_ARGS=""
-RUN pip install --no-cache-dir ${PIP_ARGS} -c constraints.txt . && chown fip:fip .
-
 COPY recipes recipes
-USER fip
-CMD ["python", "recipes/purify_vit.py", "--overwrite_output_dir"]
+RUN chown fip:fip .
+CMD ["sh", "-c", "python recipes/purify_vit.py --output_dir outputs/fip --overwrite_output_dir && python recipes/purify_vit.py --adapter singular --output_dir outputs/fast_fip --overwrite_output_dir && python recipes/compare_runs.py outputs/fip outputs/fast_fip"]
+
+FROM base AS cuda
+RUN pip install -c constraints.txt .
+USER 1000
+
+FROM base AS cpu
+ARG TORCH_INDEX=""
+RUN pip install -c constraints.txt ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch \
+    && pip install -c constraints.txt .
+USER 1000
