@@ -9,7 +9,7 @@ PEFT   := $(shell sed -n 's/^peft==//p' constraints.txt)
 TESTS  := .venv/.peft-$(PEFT)-tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test study-small style quality clean
+.PHONY: help install demo cards test study-small style quality clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,10 @@ demo: $(STAMP)  ## take a backdoor out of a small ViT, by FIP and by Fast FIP, o
 	OMP_NUM_THREADS=1 $(PY) recipes/purify_vit.py --adapter singular --output_dir outputs/fast_fip \
 		--overwrite_output_dir $(ARGS)
 	$(PY) recipes/compare_runs.py outputs/fip outputs/fast_fip
+
+cards: demo  ## the demo, and the example cards in model_cards/ written again from it
+	$(PY) -m hf_fip.cli card outputs/fip --to model_cards/digits_vit_fip
+	$(PY) -m hf_fip.cli card outputs/fast_fip --to model_cards/digits_vit_fast_fip
 
 test: $(STAMP) $(TESTS)  ## run the whole test suite (more arguments: ARGS="-k fisher -x")
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)

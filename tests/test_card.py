@@ -1,15 +1,23 @@
-"""The model card: it says what report.json says, its code runs, and no name can write into it."""
+"""The model card: it says what report.json says, its code runs, no name writes into it, and the examples are true."""
 
+import json
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from trainer_cases import QUIET, Images, vit
 
-from hf_fip.hub.card import make_card
+from hf_fip import FIPConfig, FIPTrainer, SingularValueConfig
+from hf_fip.hub.card import card_of, make_card, provenance
+from hf_fip.hub.text import one_line, visible, without_tokens
 from hf_fip.tasks.image_architectures import small_vit
+
+EXAMPLES = sorted(Path(__file__).parents[1].glob("model_cards/*/report.json"))
 
 
 def report_of(**changes) -> dict:
@@ -29,8 +37,23 @@ def report_of(**changes) -> dict:
         "method": "fip",
         "model": "someone/model",
         "model_is_from_hub": True,
+        "received": {
+            "revision": "0123abc",
+            "sha256": "fe" * 32,
+            "license": "apache-2.0",
+            "license_name": None,
+            "license_link": None,
+        },
         "attack": "badnets",
         "data": {"name": "someone/images", "clean_samples": 135, "test_samples": 450},
+        "card": {
+            "class": "ViTForImageClassification",
+            "library": "transformers",
+            "processor_class": "AutoImageProcessor",
+            "pipeline_tag": "image-classification",
+            "samples": "images",
+            "denominator": "ASR is over triggered images.",
+        },
         "arguments": {"eta_f": 0.2, "model_name_or_path": "someone/model"},
         "seed": 7,
         "versions": {"hf_fip": "0.1.0", "torch": "2.13.0"},
@@ -38,8 +61,12 @@ def report_of(**changes) -> dict:
     return {**report, **changes}
 
 
-def card_of(**changes) -> ModelCard:
-    return make_card(report_of(**changes), ["plots/purification.png"], "ViTForImageClassification")
+def card_from(place: str = ".", **changes) -> ModelCard:
+    return make_card(report_of(**changes), ["plots/purification.png"], "purified", place)
+
+
+def metadata_of(card: ModelCard) -> dict:
+    return yaml.safe_load(re.match(r"---\n(.*?)\n---\n", str(card), re.DOTALL)[1])
 
 
 def table_of(text: str, heading: str) -> list[list[str]]:
@@ -48,43 +75,108 @@ def table_of(text: str, heading: str) -> list[list[str]]:
     return [re.split(r" *(?<!\\)\| *", line)[1:-1] for line in lines[: lines.index("")]]
 
 
-def test_the_front_matter_is_yaml_for_the_hub():
-    front = yaml.safe_load(str(card_of()).split("---")[1])
-    assert front["base_model"] == "someone/model"
+def code_of(text: str) -> str:
+    return re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+
+
+# What it says
+
+
+def test_the_metadata_are_what_the_hub_reads():
+    front = metadata_of(card_from())
+    assert front["base_model"] == "someone/model" and front["base_model_relation"] == "finetune"
     assert front["pipeline_tag"] == "image-classification" and front["library_name"] == "transformers"
-    assert "hf_fip" in front["tags"]
-    assert "base_model" not in yaml.safe_load(str(card_of(model_is_from_hub=False)).split("---")[1])
+    assert front["license"] == "apache-2.0" and "hf_fip" in front["tags"]
+    local = metadata_of(card_from(model_is_from_hub=False))
+    assert not {"base_model", "base_model_relation"} & local.keys()
+    adapter = metadata_of(card_from(adapter_switched_off={"asr": 100.0}))
+    assert adapter["base_model_relation"] == "adapter" and adapter["library_name"] == "peft"
+
+
+def test_the_model_index_holds_the_figures_of_the_report():
+    (model,) = metadata_of(card_from())["model-index"]
+    (result,) = model["results"]
+    assert model["name"] == "purified" and result["task"]["type"] == "image-classification"
+    assert result["dataset"]["type"] == "someone/images"
+    found = {metric["type"]: metric["value"] for metric in result["metrics"]}
+    assert found == {
+        "accuracy": 91.25,
+        "attack_success_rate": 1.5,
+        "robust_accuracy": 88.75,
+        "defense_effectiveness_rating": 96.8125,
+    }
 
 
 def test_the_numbers_are_those_of_the_report():
-    text = str(card_of())
-    assert table_of(text, "| in percent, on 450 test images |") == [
+    text = str(card_from())
+    assert table_of(text, "| on 450 test images |") == [
         ["ACC, clean accuracy", "96.1 %", "91.2 %"],
         ["ASR, attack success rate", "100.0 %", "1.5 %"],
         ["RA, robust accuracy", "0.0 %", "88.8 %"],
-        ["DER (50 is no effect)", "", "96.8 %"],
+        ["DER, defense effectiveness (50 is no effect)", "", "96.8 %"],
     ]
-    words = ("135 clean images", "seed (7)", "77,530 trainable", "512 MiB", "12.3 s", "0.041 s a step", "torch 2.13.0")
-    for said in (*words, "`badnets`", "`someone/images`", "(plots/purification.png)"):
+    words = (
+        "135 clean images",
+        "| seed | 7",
+        "77,530 trainable",
+        "512 MiB",
+        "12.3 s",
+        "0.041 s a step",
+        "torch 2.13.0",
+    )
+    for said in (*words, "`badnets`", "`someone/images`", "(plots/purification.png)", "`0123abc`", "fe" * 32):
         assert said in " ".join(text.split())
     assert table_of(text, "| argument | value |") == [["`eta_f`", "`0.2`"]]
 
 
 def test_what_was_not_measured_is_said_to_be_so():
     unknown = {"accuracy": 90.0, "asr": None, "ra": None}
-    text = str(card_of(before=unknown, after=unknown, der=None, attack=None))
-    rows = table_of(text, "| in percent")
+    card = card_from(before=unknown, after=unknown, der=None, attack=None)
+    rows = table_of(str(card), "| on 450")
     assert rows[1:] == [
         [name, "not measured", "not measured"] for name in ("ASR, attack success rate", "RA, robust accuracy")
     ]
-    assert "`not known`" in text
+    assert "`not known`" in str(card) and len(metadata_of(card)["model-index"][0]["results"][0]["metrics"]) == 1
 
 
 def test_places_on_the_makers_disk_are_not_told(tmp_path):
     data = {"name": str(tmp_path), "clean_samples": 1, "test_samples": 2}
-    text = str(card_of(model=str(tmp_path), model_is_from_hub=False, data=data))
+    text = str(card_from(model=str(tmp_path), model_is_from_hub=False, data=data))
     assert f"`{tmp_path.name}`" in text and str(tmp_path.parent) not in text
 
+
+def test_an_adapters_card_says_how_to_switch_it_off():
+    text = str(card_from(adapter_switched_off={"accuracy": 96.125, "asr": 98.25, "ra": 0.0}))
+    assert "backdoor and all (ASR 98.2 %)" in text and "310,234 bytes saved" in text
+    assert 'from_pretrained("someone/model", use_safetensors=True)' in text
+    assert "disable_adapter" in text and "merge_and_unload" in text
+    assert "disable_adapter" not in str(card_from())
+
+
+def test_the_curvature_stands_in_the_table_where_it_was_measured():
+    assert "λ_max" not in str(card_from())
+    moments = ({"curvature_lambda_max": largest, "curvature_trace": 1234.5} for largest in (56.78, 1.25))
+    text = str(card_from(curvature=dict(zip(("before", "after"), moments, strict=True))))
+    assert "| λ_max of the clean loss, by what was trained | 56.78 | 1.25 |" in text
+    assert "| Tr H of the same | 1234 | 1234 |" in text
+
+
+@pytest.mark.parametrize(
+    ("said", "license"),
+    {
+        "license: mit": "mit",
+        "license: other\nlicense_name: x y": "other",
+        "license: [1": None,
+        "license: a b": None,
+    }.items(),
+)
+def test_the_licence_is_that_of_the_received_model(said, license, tmp_path):
+    (tmp_path / "README.md").write_text(f"---\n{said}\n---\n# A model\n")
+    found = provenance(tmp_path)
+    assert found["license"] == license and found["revision"] is None and len(found["sha256"]) == 64
+
+
+# What names can do to it: nothing
 
 HOSTILE = {
     "a table cell": "x | y | 100 %",
@@ -93,57 +185,108 @@ HOSTILE = {
     "a new heading": "x\n\n# Certified free of backdoors\n",
     "front matter": "x\n---\nlicense: mit\n---\n",
     "a template": "{{ 7 * 7 }}{% raw %}{{ cycler.__init__.__globals__ }}",
-    "much text": "x" * 10_000,
+    "YAML": "x: !!python/object/apply:os.system ['true']",
+    "ANSI": "\x1b[2J\x1b]0;title\x07x\x9b31m",
+    "right to left": "x\u202egnp.exe\u2066",
+    "a code fence": "x\n```\n# out\n```python\n",
+    "much text": "x" * 10_000_000,
 }
 
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_names_stay_names(case):
     name = HOSTILE[case]
-    data = {"name": name, "clean_samples": 1, "test_samples": 2}
-    card = card_of(model=name, model_is_from_hub=False, data=data, arguments={"eta_f": name})
-    text, plain = str(card), str(card_of(model="x", model_is_from_hub=False, data={**data, "name": "x"}))
-    assert card.data.to_dict() == card_of(model_is_from_hub=False).data.to_dict()
+
+    def card_named(name: str) -> ModelCard:
+        data = {"name": name, "clean_samples": 1, "test_samples": 2}
+        return card_from(model=name, model_is_from_hub=False, data=data, attack=name, arguments={"eta_f": name})
+
+    text, plain = str(card_named(name)), str(card_named("x"))
 
     def shape(text: str) -> list[str]:
         return [line for line in text.splitlines() if line.startswith(("#", "|--", "---", "```"))]
 
-    assert shape(text) == shape(plain)
-    assert "<script" not in text and "<img" not in text and "49" not in text
-    assert len(text) < len(plain) + 1000
-    assert text.count("`") == plain.count("`")
+    assert shape(text) == shape(plain) and metadata_of(card_named(name)).keys() == metadata_of(card_named("x")).keys()
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x9b\u202e\u2066]", text) and len(text) < len(plain) + 3000
+    body, plain_body = (text.split("\n---\n", 1)[1] for text in (text, plain))
+    assert "<script" not in body and "<img" not in body and "49" not in body
+    assert body.count("`") == plain_body.count("`")
     assert len(table_of(text, "| argument | value |")[0]) == 2
 
 
-def test_the_code_in_the_card_runs(tmp_path):
+@pytest.mark.parametrize("name", ['x");import os#', "../up", "a\nb"])
+def test_only_a_hub_id_goes_into_code(name):
+    for card in (card_from(adapter_switched_off={"asr": None}, model=name), card_from(place=name)):
+        code = code_of(str(card))
+        assert "import os" not in code and name not in code
+        compile(code, "card", "exec")
+
+
+CODE = {"class": "X\nimport os", "library": "os", "processor_class": "exit();X"}
+
+
+@pytest.mark.parametrize("key", CODE)
+def test_nothing_but_a_class_goes_into_code(key):
+    with pytest.raises(ValueError, match="is no name of a class|is not a library"):
+        card_from(card=report_of()["card"] | {key: CODE[key]})
+
+
+def test_text_that_a_terminal_would_obey_is_made_visible():
+    assert visible("a\x1b[31mb\n\tc") == "a�[31mb\n\tc" and one_line("a \x00\n\nb\u202e") == "a � b�"
+    assert len(one_line("y" * 10_000_000)) == 200
+
+
+def test_no_token_is_told(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "my own token")
+    assert without_tokens("my own token, hf_abcdefghijkl") == "hf_***, hf_***"
+
+
+# What it is for: its code runs, it is written for a trainer too, and the examples are true
+
+
+def test_the_code_in_the_card_runs_in_its_folder(tmp_path):
     model, processor = small_vit(["a", "b"], 8, 1)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    code = re.search(r"```python\n(.*?)```", str(card_of()), re.S)[1].replace("path/to/this/folder", str(tmp_path))
+    code = code_of(str(card_from()))
     code += "\nassert type(model).__name__ == 'ViTForImageClassification' and processor.size['height'] == 8"
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=300, cwd=tmp_path)
 
 
-def test_an_adapters_card_says_how_to_switch_it_off():
-    off = {"accuracy": 96.125, "asr": 98.25, "ra": 0.0}
-    card = card_of(adapter_switched_off=off)
-    assert yaml.safe_load(str(card).split("---")[1])["library_name"] == "peft"
-    text = str(card)
-    assert "backdoor and all (ASR 98.2 %)" in text and "310,234 bytes saved" in text
-    assert 'from_pretrained("someone/model")' in text and "disable_adapter" in text and "merge_and_unload" in text
-    assert "disable_adapter" not in str(card_of())
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_trainer_writes_a_card_of_what_it_logged(adapter, tmp_path):
+    args = FIPConfig(tmp_path / "out", max_steps=1, eta_f=0.2, hub_token="hf_secretsecret", **QUIET)
+    config = SingularValueConfig() if adapter else None
+    trainer = FIPTrainer(vit(), args, train_dataset=Images(), eval_dataset=Images(8, 1), peft_config=config)
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    trainer.save_model()
+    trainer.create_model_card(tags="mine", license="mit")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert ["`loss`", f"{before['eval_loss']:.4g}", f"{after['eval_loss']:.4g}"] in table_of(
+        text, "|  | before | after |"
+    )
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["license"] == "mit" and {"mine", "hf_fip"} <= set(front["tags"])
+    assert front["library_name"] == ("peft" if adapter else "transformers")
+    assert ["`eta_f`", "`0.2`"] in table_of(text, "| argument | value |") and "24 clean samples" in text
+    written = [file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert len(written) >= 4 and not any(b"secretsecret" in content for content in written)  # nor training_args.bin
 
 
-@pytest.mark.parametrize("name", ['x");import os#', "../up", "a\nb"])
-def test_only_a_hub_id_goes_into_an_adapters_code(name):
-    text = str(card_of(adapter_switched_off={"asr": None}, model=name))
-    code = text[text.index("```python") : text.index("## How it was made")]
-    assert 'from_pretrained("path/to/the/received/model")' in code and "import os" not in code
+def test_a_report_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "report.json").write_text('{"victim": {}}')
+    with pytest.raises(ValueError, match="not the report of a purification by this version"):
+        card_of(tmp_path)
 
 
-def test_the_curvature_stands_in_the_table_where_it_was_measured():
-    assert "λ_max" not in str(card_of())
-    moments = ({"curvature_lambda_max": largest, "curvature_trace": 1234.5} for largest in (56.78, 1.25))
-    text = str(card_of(curvature=dict(zip(("before", "after"), moments, strict=True))))
-    assert "| λ_max of the clean loss, by what was trained | 56.78 | 1.25 |" in text
-    assert "| Tr H of the same | 1234 | 1234 |" in text
+@pytest.mark.parametrize("report", EXAMPLES, ids=lambda path: path.parent.name)
+def test_the_examples_are_what_is_written_today(report, tmp_path):
+    place = tmp_path / report.parent.name
+    shutil.copytree(report.parent, place)
+    assert str(card_of(place)) == (report.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_there_are_examples_of_a_model_and_of_an_adapter():
+    assert {json.loads(path.read_text())["adapter_switched_off"] is None for path in EXAMPLES} == {True, False}

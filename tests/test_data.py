@@ -202,11 +202,12 @@ def test_columns_are_found_and_labels_become_classes(case):
 
 @pytest.mark.parametrize("storage", ["bytes", "struct", "path"])
 def test_images_may_be_stored_as(storage):
-    Path("file.png").write_bytes(png(0))
-    column = {"bytes": [png(0)] * 8, "struct": [struct(0)] * 8, "path": ["file.png"] * 8}[storage]
+    Path("x").mkdir()
+    Path("x/file.png").write_bytes(png(0))
+    column = {"bytes": [png(0)] * 8, "struct": [struct(0)] * 8, "path": ["x/file.png"] * 8}[storage]
     plain("x/train.parquet", image=column, label=[0, 1] * 4)
     images = load_images("x")
-    assert np.array_equal(first_of(images), np.asarray(Pillow.open("file.png")))
+    assert np.array_equal(first_of(images), np.asarray(Pillow.open("x/file.png")))
 
 
 def test_named_columns_win_over_guesses():

@@ -1,1 +1,1 @@
-"""How models come in, untrusted, and how purified ones reach people: the card."""
+"""How models and data come in, untrusted, and how purified models reach people: the card, push and pull."""

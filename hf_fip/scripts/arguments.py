@@ -13,6 +13,7 @@ from transformers import HfArgumentParser
 from ..attacks import attack_names, make_attack
 from ..baselines import method_names
 from ..config import FIPConfig
+from ..hub.safety import Trust
 
 CLEAN_FRACTION = 0.2  # of the training set, kept aside for the defender by a victim made here
 
@@ -168,11 +169,32 @@ class ModelArguments:
         },
     )
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the Python code that comes with the model. Read it first."}
+    )
+    allow_pickle: bool = field(
+        default=False,
+        metadata={"help": "Convert a pytorch_model.bin, in a process of its own, where there are no safetensors."},
+    )
     victims_dir: str = field(default="outputs/victims", metadata={"help": "Where victims made here are kept."})
     augment: bool = field(default=False, metadata={"help": "Change training samples at random."})
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Replace what an earlier run left in --output_dir."}
     )
+    json: bool = field(
+        default=False, metadata={"help": "Print the report as JSON, and everything else on the error stream."}
+    )
+    hub_create_pr: bool = field(
+        default=False, metadata={"help": "With --push_to_hub, open a pull request in place of a commit."}
+    )
+    hub_base_model: str | None = field(
+        default=None,
+        metadata={"help": "With --push_to_hub and an adapter, the Hub id of the received model if it came from disk."},
+    )
+
+    def trust(self) -> Trust:
+        """What the user vouches for."""
+        return Trust(self.trust_remote_code, self.allow_pickle)
 
 
 @dataclass
@@ -280,16 +302,25 @@ def chosen(argument: str) -> str | None:
     return early.parse_known_args()[0].value
 
 
-def parse(groups: tuple[type, ...], description: str, adapter_defaults: dict | None = None, **defaults):
+def parse(
+    groups: tuple[type, ...],
+    description: str,
+    adapter_defaults: dict | None = None,
+    pushes: bool = False,
+    **defaults,
+):
     """Parse the command line into dataclasses, with the recipe's own defaults.
 
     Choosing `--num_train_epochs` switches off a default `max_steps`, which would win over it; choosing an adapter
     brings the defaults of Fast FIP.
 
+    Args:
+        pushes: whether the recipe can push what it makes to the Hub.
+
     Raises:
         ValueError: for an argument that does not exist or has a wrong value.
     """
-    usage = "%(prog)s [--argument value ...]"
+    usage = "%(prog)s [--config file.yaml] [--argument value ...]"
     parser = Parser(groups, description=description, usage=usage, formatter_class=HelpFormatter, allow_abbrev=False)
     if chosen("--adapter") == "singular":
         defaults |= adapter_defaults or {}
@@ -299,8 +330,8 @@ def parse(groups: tuple[type, ...], description: str, adapter_defaults: dict | N
     *parsed, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True, look_for_args_file=False)
     if unknown:
         parser.error(f"unknown: {' '.join(unknown)}")
-    if parsed[-1].push_to_hub:
-        raise ValueError("A recipe does not push to the Hub: look at the folder first, then `hf upload` it.")
+    if parsed[-1].push_to_hub and not pushes:
+        raise ValueError("Only what was purified is pushed to the Hub: leave out --push_to_hub.")
     return parsed
 
 

@@ -26,6 +26,7 @@ from accelerate import PartialState
 
 from ..evaluation.audit import ANOMALY_THRESHOLD, AuditReport, audit, chance_of_a_flag, compare_audits
 from ..evaluation.reactivation import PixelRange
+from ..hub.text import one_line
 from ..plots import plot_audit
 from ..tasks.data import LabelledImages, split_clean
 from ..tasks.image_classification import PixelDataset, load_image_classifier, match_labels
@@ -205,7 +206,7 @@ def _print(title: str, audited: AuditReport, names: dict[int, str]) -> None:
     table.add_column("", no_wrap=True)
     for found in audited.classes:
         table.add_row(
-            Text(names[found.label]),
+            Text(one_line(names[found.label])),
             str(found.images),
             f"{found.patch.size:.1f}",
             f"{100 * found.patch.share:.1f}",

@@ -22,7 +22,7 @@ from .arguments import COMMON_DEFAULTS, DataArguments, ModelArguments, PoisonArg
 from .report import REPORT_NAME, non_default, versions
 from .run_folder import RunFolder, write_json, written_whole
 from .task import Data, Task
-from .terminal import say, show_progress
+from .terminal import json_of, say, show_progress
 
 PICTURE_NAME = "attack.png"
 
@@ -33,7 +33,8 @@ def main(task: Task, description: str, **defaults) -> None:
     data, attack, model, training = parse(
         groups, description, **{"output_dir": "outputs/victim", **COMMON_DEFAULTS, **task.defaults, **defaults}
     )
-    train_victim(task, task.load_data(data, _split_seed(data, training)), data, attack, model, training)
+    with json_of(Path(training.output_dir, REPORT_NAME), model.json):
+        train_victim(task, task.load_data(data, _split_seed(data, training)), data, attack, model, training)
 
 
 def train_victim(

@@ -105,7 +105,7 @@ class CloudTask(Task):
         return CloudDataset(dataset)
 
     def load_model(self, place, arguments, revision=None):
-        return load_cloud_classifier(place, revision=revision), None
+        return load_cloud_classifier(place, revision=revision, trust=arguments.trust()), None
 
     def new_model(self, arguments, data):
         return small_cloud_model(arguments.architecture, data), None

@@ -2,9 +2,11 @@
 
 ACC, ASR and RA on the test images; the same after relearning (--relearn: fine-tuning with a few triggered images) and
 under a reactivating perturbation (--reactivate), with a benign model beside it to compare (--benign_model). The attack
-is the model's own, or that of the victim it was purified from.
+and the data are the model's own, or those of its purification, unless others are named; the figures of its report.json
+are then compared with.
 
-    python recipes/evaluate_image.py --model_name_or_path outputs/fip
+    python recipes/evaluate_image.py outputs/fip
+    hf-fip evaluate someone/purified-model         (from the Hub; ends with 3 when its card says something else)
     python recipes/evaluate_image.py --model_name_or_path outputs/fip --relearn --reactivate --output_dir outputs/check
     python recipes/backdoor_image.py --attack none --output_dir outputs/benign
     python recipes/evaluate_image.py --model_name_or_path outputs/fip --reactivate --benign_model outputs/benign
@@ -14,6 +16,7 @@ is the model's own, or that of the victim it was purified from.
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,17 +28,25 @@ from transformers import Trainer
 from ..attacks import Attack
 from ..attacks.base import CONFIG_NAME
 from ..evaluation.backdoor import BackdoorTest
-from ..evaluation.metrics import attack_success_rate
+from ..evaluation.metrics import METRICS, attack_success_rate
 from ..evaluation.reactivation import SAMPLES, Perturbed, reactivate
 from ..evaluation.relearning import CLEAN_SHARE, TRIGGERED, RelearningConfig, attackers_images, relearning_trainer
+from ..hub.safety import LONGEST_REPORT, Trust, admit, read_object
 from ..tasks.data import LabelledImages, split_clean
 from ..tasks.image_classification import PixelDataset, load_image_classifier, match_labels
 from .arguments import COMMON_DEFAULTS, AttackArguments, parse
 from .images import ImageData, channels_of, images_of, make_test, pixel_range, reading
-from .recorded import attack_of, recorded_split
+from .recorded import attack_folder, attack_of, recorded_split
 from .report import REPORT_NAME, non_default, versions
 from .run_folder import RunFolder, write_json
 from .terminal import say, show_progress
+
+OTHER_FIGURES = 3  # exit code: the report beside the model says something else than was measured
+TOLERANCE = 0.5  # points; another machine may answer an image in a few hundred otherwise
+_DATA_NAMES = (
+    *("dataset_name", "dataset_config_name", "dataset_revision", "train_split", "test_split"),
+    *("max_train_samples", "max_test_samples", "image_column", "label_column"),
+)
 
 
 @dataclass
@@ -52,6 +63,13 @@ class EvaluationArguments:
     )
     image_processor_name: str | None = field(
         default=None, metadata={"help": "Where to take the preprocessing from, if not from the model."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the Python code that comes with the model. Read it first."}
+    )
+    allow_pickle: bool = field(
+        default=False,
+        metadata={"help": "Convert a pytorch_model.bin, in a process of its own, where there are no safetensors."},
     )
     attack_from: str | None = field(
         default=None,
@@ -82,7 +100,9 @@ class EvaluationArguments:
 
 
 def main() -> None:
-    """`recipes/evaluate_image.py`."""
+    """`hf-fip evaluate`, `recipes/evaluate_image.py`."""
+    if sys.argv[1:] and not sys.argv[1].startswith("-"):
+        sys.argv.insert(1, "--model_name_or_path")
     groups = (ImageData, AttackArguments, EvaluationArguments, RelearningConfig)
     evaluate(*parse(groups, __doc__, output_dir="", **COMMON_DEFAULTS))
 
@@ -110,6 +130,8 @@ def evaluate(
         _print(report)
         if folder is not None:
             say(f"saved to {output_dir}: {REPORT_NAME}")
+    if report["differs"]:
+        sys.exit(OTHER_FIGURES)
 
 
 def _report(
@@ -119,14 +141,18 @@ def _report(
     place = evaluation.model_name_or_path
     if place is None:
         raise ValueError("Which model is to be evaluated? Set --model_name_or_path.")
-    source = _attack_source(evaluation)
+    trust = Trust(evaluation.trust_remote_code, evaluation.allow_pickle)
+    try:
+        folder = admit(place, revision=evaluation.model_revision, trust=trust)
+    except ValueError as error:
+        raise ValueError(f"No model at {place!r}: {error}") from error
+    purification = _object_in(folder / REPORT_NAME)
+    as_reported = _take_data(data, purification)
+    source = _attack_source(evaluation, folder, purification)
     recorded = recorded_split(source)
-    split_seed = _seed_of_split(data, place, recorded, training)
+    split_seed = _seed_of_split(data, purification, recorded, training)
     model, processor = load_image_classifier(
-        place,
-        evaluation.image_processor_name,
-        revision=evaluation.model_revision,
-        base_model=evaluation.base_model,
+        str(folder), evaluation.image_processor_name, base_model=evaluation.base_model, trust=trust
     )
     images = match_labels(images_of(data, split_seed), model)
     attack = attack_of(attack_arguments, source, len(images.class_names))
@@ -139,14 +165,17 @@ def _report(
             f"The victim is of {recorded['out_of']} training images of {recorded['data']}, and these are "
             f"{len(images.train)} of {images.name}: give the data, splits and --max_train_samples it was trained with."
         )
-    kept = data.clean_count(len(images.train), recorded["samples"] if recorded else 0)
+    kept = data.clean_count(len(images.train), recorded["samples"] if recorded else _kept(purification))
     attackers = split_clean(images.train, kept, split_seed)[1] if kept else images.train
     models = {"model": model}
     if evaluation.benign_model is not None:
         models["benign"] = _load_benign(evaluation, images, model, processor).to(training.device)
     test = make_test(images, attack, processor, channels_of(model))
     measured = _try(models, test, images, attackers, attack, processor, evaluation, training)
+    said = _figures(purification) if as_reported and not (attack_arguments.attack or evaluation.attack_from) else None
     return {
+        "reported": said,
+        "differs": bool(said) and _differ(said, measured["model"]["as_it_is"]),
         "model": place,
         "benign_model": evaluation.benign_model,
         "attack": attack and attack.name,
@@ -157,7 +186,7 @@ def _report(
             "attackers_samples": len(attackers),
         },
         "measured": measured,
-        "notes": _notes(measured),
+        "notes": _notes(measured) + _notes_on_report(said, measured["model"]["as_it_is"]),
     }
 
 
@@ -229,33 +258,62 @@ def _load_benign(evaluation: EvaluationArguments, images: LabelledImages, model:
     return benign
 
 
-def _attack_source(evaluation: EvaluationArguments) -> str:
+def _attack_source(evaluation: EvaluationArguments, folder: Path, purification: dict) -> str:
     """The folder with the attack: the one that was named; the model's own; or that of the victim it was made from."""
-    given, place = evaluation.attack_from, evaluation.model_name_or_path
-    if given is not None and not (Path(given) / CONFIG_NAME).is_file():
+    given = evaluation.attack_from
+    if given is not None and attack_folder(given) is None:
         raise ValueError(f"--attack_from {given}: there is no {CONFIG_NAME}.")
-    if given is not None or (Path(place) / CONFIG_NAME).is_file():
-        return given or place
-    victim = _json_object(Path(place) / REPORT_NAME).get("model")
-    return victim if isinstance(victim, str) and Path(victim).is_dir() else place
+    if given is not None or attack_folder(folder) is not None:
+        return given or str(folder)
+    victim = purification.get("model")
+    return victim if isinstance(victim, str) and Path(victim).is_dir() else str(folder)
 
 
-def _seed_of_split(data: ImageData, place: str, recorded: dict | None, training: RelearningConfig) -> int:
+def _seed_of_split(data: ImageData, purification: dict, recorded: dict | None, training: RelearningConfig) -> int:
     """What the images were split by when the model was made, so that its test images are still unseen."""
-    purification = _json_object(Path(place) / REPORT_NAME)
-    arguments = purification.get("arguments")
-    chosen = arguments.get("split_seed") if isinstance(arguments, dict) else None
-    seeds = (data.split_seed, recorded and recorded["seed"], chosen, purification.get("seed"), training.seed)
+    split_seed = purification.get("split_seed")
+    seeds = (data.split_seed, recorded and recorded["seed"], split_seed, purification.get("seed"), training.seed)
     return next(seed for seed in seeds if isinstance(seed, int))
 
 
-def _json_object(path: Path) -> dict:
+def _object_in(file: Path) -> dict:
     """What a file holds; nothing, if it is not there or holds no JSON object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(file, LONGEST_REPORT)
+    except ValueError:
         return {}
-    return value if isinstance(value, dict) else {}
+
+
+def _take_data(data: ImageData, purification: dict) -> bool:
+    """Fill in what the model was purified with where the user named nothing; whether the data are then the same."""
+    arguments = purification.get("arguments")
+    if not isinstance(arguments, dict):
+        return False
+    default = ImageData()
+    for name in _DATA_NAMES:
+        value = arguments.get(name)
+        if type(value) in (str, int) and getattr(data, name) == getattr(default, name):
+            setattr(data, name, value)
+    return all(getattr(data, name) == arguments.get(name, getattr(default, name)) for name in _DATA_NAMES)
+
+
+def _kept(purification: dict) -> int:
+    """How many images the defender kept, as far as the report of a purification says."""
+    data = purification.get("data")
+    kept = data.get("clean_samples") if isinstance(data, dict) else None
+    return kept if isinstance(kept, int) and kept > 0 else 0
+
+
+def _figures(purification: dict) -> dict[str, float] | None:
+    """ACC, ASR and RA as the report of a purification has them."""
+    after = purification.get("after")
+    if not isinstance(after, dict):
+        return None
+    return {key: after[key] for key in ("accuracy", "asr", "ra") if isinstance(after.get(key), (int, float))}
+
+
+def _differ(reported: dict[str, float], measured: dict) -> bool:
+    return any(measured[key] is None or abs(measured[key] - value) > TOLERANCE for key, value in reported.items())
 
 
 # What comes out
@@ -274,6 +332,16 @@ def _notes(measured: dict[str, dict[str, dict]]) -> list[str]:
     elif measured["benign"]["reactivated"]["asr"] >= woken["asr"]:
         notes.append("It does no less to the benign model: it is merely adversarial, and shows nothing of a backdoor.")
     return notes
+
+
+def _notes_on_report(reported: dict[str, float] | None, measured: dict) -> list[str]:
+    """Whether the report beside the model says what was measured now."""
+    if not reported:
+        return []
+    if not _differ(reported, measured):
+        return [f"The model's {REPORT_NAME} says the same."]
+    said = ", ".join(f"{METRICS[key][0]} {value:.1f}" for key, value in reported.items())
+    return [f"The model's {REPORT_NAME} says something else: {said}."]
 
 
 def _print(report: dict) -> None:

@@ -117,7 +117,7 @@ class ImageTask(Task):
         return PixelDataset(dataset, processor, channels_of(model))
 
     def load_model(self, place, arguments, revision=None):
-        return load_image_classifier(place, arguments.image_processor_name, revision=revision)
+        return load_image_classifier(place, arguments.image_processor_name, revision=revision, trust=arguments.trust())
 
     def new_model(self, arguments, data):
         return small_model(arguments.architecture, data)

@@ -36,12 +36,10 @@ def _print_table() -> None:
         for name in attack_names(kind):
             cls = attack_class(name)
             what = inspect.getmodule(cls).__doc__.split("\n")[0]
-            table.add_row(name, _labels(cls), f"{cls.default_rate:g}", _learns(cls), what)
+            rate = "" if cls.default_rate is None else f"{cls.default_rate:g}"
+            table.add_row(name, _labels(cls), rate, _learns(cls), what)
         console.print(table)
-    print(
-        "Options of each: hf-fip attacks NAME. Train a victim: hf-fip backdoor --attack NAME, for images; for others"
-    )
-    print("recipes/backdoor_*.py.")
+    print("Options of each: hf-fip attacks NAME. Train a victim: hf-fip backdoor TASK --attack NAME (hf-fip tasks).")
 
 
 def _print_attack(name: str) -> None:

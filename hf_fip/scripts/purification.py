@@ -21,7 +21,9 @@ from ..curvature.plots import plot_curvature
 from ..evaluation.backdoor import PurificationCurve
 from ..evaluation.cost import Cost
 from ..evaluation.metrics import METRICS, WEAK_VICTIM, defense_effectiveness_rating
-from ..hub.card import make_card
+from ..hub.card import CARD_NAME, card_of, loading_of, provenance
+from ..hub.push import push_folder, require_token
+from ..hub.safety import ATTACK_FOLDER, admit
 from ..plots import plot_purification
 from ..tasks.augmentation import both
 from ..tasks.data import split_clean
@@ -41,8 +43,9 @@ from .recorded import recorded_split
 from .report import REPORT_NAME, non_default, versions
 from .run_folder import RunFolder, write_json
 from .task import Data, Task
-from .terminal import print_comparison, say, show_progress
+from .terminal import json_of, print_comparison, say, show_progress
 
+RUN_DEFAULTS = {"save_steps": 100, "save_total_limit": 1, "hub_strategy": "end"}
 CURVATURE_SAMPLES = 500  # clean ones, behind each measurement of the curvature
 CURVE_SAMPLES = 500  # test samples of each kind behind each point of the picture
 
@@ -69,9 +72,12 @@ def main(task: Task, description: str, fip: dict, fast_fip: dict, **defaults) ->
         (*groups, task.method_arguments, AdapterArguments, config),
         description,
         adapter_defaults=of_adapter,
-        **{"save_steps": 100, "save_total_limit": 1, **COMMON_DEFAULTS, **task.defaults, **fip, **defaults},
+        pushes=True,
+        **{**RUN_DEFAULTS, **COMMON_DEFAULTS, **task.defaults, **fip, **defaults},
     )
-    purify(task, *arguments)
+    model_arguments = next(group for group in arguments if isinstance(group, task.model_arguments))
+    with json_of(Path(arguments[-1].output_dir, REPORT_NAME), model_arguments.json):
+        purify(task, *arguments)
 
 
 def purify(
@@ -92,6 +98,11 @@ def purify(
         data_arguments, attack_arguments, model_arguments, method_arguments, adapter_arguments, training
     )
     adapter_config = adapter_arguments.make()
+    pushing = training.push_to_hub
+    if pushing:
+        require_token(training.hub_token)
+        training.hub_model_id = training.hub_model_id or Path(training.output_dir).absolute().name
+        training.push_to_hub = training.hub_strategy != "end"
     folder = RunFolder(training.output_dir, arguments, overwrite=model_arguments.overwrite_output_dir)
     output_dir, training.output_dir = training.output_dir, str(folder.work)
     given = model_arguments.model_name_or_path
@@ -117,6 +128,8 @@ def purify(
         held_out, clean = split_clean(clean, method_arguments.held_out_clean_samples, split_seed)
     if attack is None:
         say(f"No attack is known for this model (--attack NAME): only {METRICS[task.metric][0]} is measured.")
+    revision = model_arguments.model_revision if given else None
+    received = provenance(admit(place, revision=revision, trust=model_arguments.trust()))
     with folder:
         test = task.test(data, attack, model, processor)
         curve = PurificationCurve(test.part(CURVE_SAMPLES))
@@ -156,6 +169,7 @@ def purify(
                 switched_off = test.measure(trainer)
         after = test.measure(trainer)
         validation = held_out and task.clean_test(held_out, model, processor).measure(trainer)
+        training.push_to_hub = False
         trainer.save_model(str(folder.result))
         if trainer.is_world_process_zero():
             der = None if attack is None else defense_effectiveness_rating(before, after, task.metric)
@@ -170,19 +184,21 @@ def purify(
                 "cost": cost.report | {"file_bytes": _weight_bytes(folder.result)},
                 "model": place,
                 "model_is_from_hub": bool(given) and not Path(given).exists(),
+                "received": received,
                 "attack": attack and attack.name,
                 "data": {"name": data.name, "clean_samples": len(clean), "test_samples": len(data.test)},
+                "card": loading_of(model, task.words),
                 "arguments": arguments,
                 "seed": training.seed,
+                "split_seed": split_seed,
                 "versions": versions(),
             }
             write_json(folder.result / REPORT_NAME, report)
+            if attack is not None:  # so that ASR can be measured again where the victim is not
+                attack.save_pretrained(folder.result / ATTACK_FOLDER)
             answers = {"before": answers_before, "after": test.answers}
-            plots = _draw(task, folder.result / "plots", trainer.state.log_history, data, attack, model, answers)
-            library = "hf_fip.models" if type(model).__module__.startswith("hf_fip.") else "transformers"
-            names = [f"plots/{path.name}" for path in plots]
-            card = make_card(report, names, type(model).__name__, task.words, library)
-            card.save(folder.result / "README.md")
+            _draw(task, folder.result / "plots", trainer.state.log_history, data, attack, model, answers)
+            card_of(folder.result, name=Path(output_dir).name).save(folder.result / CARD_NAME)
             say(f"{place}, purified:")
             print_comparison(before, after, report["der"], report["cost"])
             if attack is not None and switched_off is not None:
@@ -190,6 +206,17 @@ def purify(
         folder.publish()
     what = "the purified model" if adapter_config is None else "the adapter"
     say(f"saved to {output_dir}: {what}, README.md, report.json, plots/")
+    if pushing and trainer.is_world_process_zero():
+        address = push_folder(
+            output_dir,
+            training.hub_model_id,
+            token=training.hub_token,
+            private=training.hub_private_repo,
+            revision=training.hub_revision,
+            create_pr=model_arguments.hub_create_pr,
+            base_model=model_arguments.hub_base_model,
+        )
+        say(f"pushed: {address}")
 
 
 def _first_and_last(log: list[dict]) -> dict[str, dict] | None:
@@ -256,17 +283,16 @@ def _make_victim(
     return str(place)
 
 
-def _draw(task: Task, folder: Path, log: list[dict], data: Data, attack: Attack | None, model, answers) -> list[Path]:
-    """purification.png, and triggers.png when the attack is known."""
+def _draw(task: Task, folder: Path, log: list[dict], data: Data, attack: Attack | None, model, answers) -> None:
+    """purification.png, curvature.png where it was measured, and triggers.png when the attack is known."""
     short, long = METRICS[task.metric]
     keys = {f"curve_{task.metric}": "accuracy", "curve_asr": "asr", "fisher_trace": "fisher_trace"}
     history = [{"step": row["step"], **{new: row[old] for old, new in keys.items() if old in row}} for row in log]
     title = f"Purification ({short} and ASR of at most {CURVE_SAMPLES} test {task.words.samples})"
     metric = f"{long.removeprefix('clean ')} ({short})"
-    plots = [plot_purification(history, folder / "purification.png", title=title, metric=metric)]
+    plot_purification(history, folder / "purification.png", title=title, metric=metric)
     if _first_and_last(log):
         title = f"Curvature of the loss on clean {task.words.samples}"
-        plots.append(plot_curvature(log, folder / "curvature.png", title))
+        plot_curvature(log, folder / "curvature.png", title)
     if attack is not None:
-        plots.append(task.draw(folder / "triggers.png", data, attack, model, answers))
-    return plots
+        task.draw(folder / "triggers.png", data, attack, model, answers)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from ..attacks import Attack, load_attack
 from ..attacks.base import CONFIG_NAME
+from ..hub.safety import ATTACK_FOLDER, LONGEST_REPORT, check_attack, read_object
 from .arguments import AttackArguments
 from .report import REPORT_NAME
 
@@ -24,10 +24,12 @@ def attack_of(arguments: AttackArguments, model_folder: str | None, num_labels: 
         return arguments.make(num_labels)
     if arguments.attack_options or arguments.target_label:
         raise ValueError("--attack_options and --target_label describe an attack: name it, with --attack.")
-    if not (Path(model_folder) / CONFIG_NAME).is_file():
+    folder = attack_folder(model_folder)
+    if folder is None:
         return None
     try:
-        attack = load_attack(model_folder)
+        check_attack(folder)
+        attack = load_attack(folder)
         if attack.input_kind != arguments.input_kind:
             raise ValueError(f"{attack.name} is an attack on {attack.input_kind} data.")
         if isinstance(attack, Attack):
@@ -35,6 +37,12 @@ def attack_of(arguments: AttackArguments, model_folder: str | None, num_labels: 
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{model_folder}: attack.json or attack.safetensors is not valid: {error}") from error
     return attack
+
+
+def attack_folder(model_folder: str) -> Path | None:
+    """Where the attack of a victim, or of a purified model, is saved: in its folder, or in `attack` there."""
+    places = (Path(model_folder), Path(model_folder) / ATTACK_FOLDER)
+    return next((place for place in places if (place / CONFIG_NAME).is_file()), None)
 
 
 def recorded_split(model_folder: str | None) -> dict | None:
@@ -47,8 +55,8 @@ def recorded_split(model_folder: str | None) -> dict | None:
     """
     path = Path(model_folder or "") / REPORT_NAME
     try:
-        split = json.loads(path.read_text(encoding="utf-8"))["clean_split"]
-    except (OSError, ValueError, KeyError, TypeError):
+        split = read_object(path, LONGEST_REPORT)["clean_split"]
+    except (ValueError, KeyError):
         return None
     try:
         return {"data": str(split["data"]), **{key: int(split[key]) for key in ("seed", "samples", "out_of")}}

@@ -136,7 +136,7 @@ class TextTask(Task):
         return pairs
 
     def load_model(self, place, arguments, revision=None):
-        model, tokenizer = load_seq2seq(place, arguments.tokenizer_name, revision=revision)
+        model, tokenizer = load_seq2seq(place, arguments.tokenizer_name, revision=revision, trust=arguments.trust())
         if arguments.source_prefix is not None:
             model.config.prefix = arguments.source_prefix
         return model, tokenizer

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 from datasets import ClassLabel, Dataset, Image, Value
+
+from ..hub.safe_data import check_references
 
 _IMAGE_NAMES = ("image", "img", "pixel_values", "picture")
 _LABEL_NAMES = ("label", "labels", "fine_label", "class", "target")
 _MOST_CLASSES = 100_000  # a larger number in a label column is no class
 
 
-def image_and_label(dataset: Dataset, image_column: str | None = None, label_column: str | None = None) -> Dataset:
+def image_and_label(
+    dataset: Dataset, image_column: str | None = None, label_column: str | None = None, folder: Path | None = None
+) -> Dataset:
     """Keep two columns of a data set with rows: `image`, which becomes a `datasets.Image`, and `label`, as it is.
+
+    Images that are stored as paths have to lie in `folder`.
 
     Raises:
         ValueError: when a column is not there, cannot be guessed, or holds no images.
@@ -24,6 +32,7 @@ def image_and_label(dataset: Dataset, image_column: str | None = None, label_col
     dataset = dataset.rename_columns({image_column: "image", label_column: "label"})
     try:
         dataset = dataset.cast_column("image", Image())
+        check_references(dataset, folder)
         dataset[0]["image"].load()
     except Exception as error:  # whatever pyarrow and Pillow raise
         raise ValueError(

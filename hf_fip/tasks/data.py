@@ -6,10 +6,12 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset, load_from_disk
 
+from ..hub.safe_data import check_data_folder, check_references
 from .columns import image_and_label, with_classes
 from .image_data import DIGITS, NAMED_IMAGES, NamedImages, named_images, squares
 
@@ -80,7 +82,7 @@ def load_images(
     train, test = train_and_test(
         splits,
         name_or_path,
-        lambda part: image_and_label(part, image_column, label_column),
+        lambda part: image_and_label(part, image_column, label_column, folder_of(name_or_path)),
         train_split=train_split,
         test_split=test_split,
         max_train_samples=max_train_samples,
@@ -172,6 +174,11 @@ def split_clean(train: Dataset, samples: int, seed: int) -> tuple[Dataset, Datas
     return train.select(np.sort(order[:samples])), train.select(np.sort(order[samples:]))
 
 
+def folder_of(path: str) -> Path | None:
+    """The folder that a local data set's files lie in; None for one from the Hub."""
+    return Path(path) if os.path.isdir(path) else Path(path).parent if os.path.exists(path) else None
+
+
 def load_splits(
     path: str, config_name: str | None = None, token: str | bool | None = None, revision: str | None = None
 ) -> DatasetDict:
@@ -183,13 +190,19 @@ def load_splits(
     is_local = os.path.exists(path)
     if not is_local and (path.startswith((".", "/", "~")) or path.endswith(".parquet") or not path):
         raise ValueError(f"{path!r} does not exist. Set --dataset_name to a folder, a parquet file or a Hub id.")
+    folder = folder_of(path)
     try:
+        if os.path.isdir(path):
+            check_data_folder(folder)
         if is_local and os.path.isdir(path) and {"dataset_dict.json", "state.json"} & set(os.listdir(path)):
             found = load_from_disk(path)
         elif is_local and os.path.isfile(path):
             found = load_dataset("parquet", data_files=path)
         else:
             found = load_dataset(path, config_name, token=token, revision=revision)
+        found = found if isinstance(found, DatasetDict) else DatasetDict(train=found)
+        for part in found.values():
+            check_references(part, folder)
     except Exception as error:  # each reader raises kinds of its own
         why = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
         if is_local:
@@ -197,7 +210,7 @@ def load_splits(
         raise ValueError(
             f"No data set {path!r} on disk or on the Hub (misspelt, offline, or private: `hf auth login`): {why}"
         ) from error
-    return found if isinstance(found, DatasetDict) else DatasetDict(train=found)
+    return found
 
 
 def _digits() -> DatasetDict:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..attacks.poison import ROLE_COLUMN, to_array
-from ..hub.load import is_adapter, load_adapted, load_model
+from ..hub.load import is_adapter, load_adapted, load_model, load_processor
+from ..hub.safety import NO_TRUST, Trust
 from .columns import with_classes
 from .data import LabelledImages
 
@@ -83,8 +84,9 @@ def load_image_classifier(
     revision: str | None = None,
     token: str | None = None,
     base_model: str | None = None,
+    trust: Trust = NO_TRUST,
 ) -> tuple[nn.Module, object]:
-    """A classifier and its image processor: safetensors only, no remote code.
+    """A classifier and its image processor: safetensors only, no remote code, unless `trust` says so.
 
     The folder of a PEFT adapter gives the model that it sits on (`base_model`, or what its config names; `revision` is
     of that one) with the adapter merged into it.
@@ -92,18 +94,19 @@ def load_image_classifier(
     Raises:
         ValueError: when the model cannot be found or read, has no classification head, or no processor.
     """
-    from transformers import AutoImageProcessor
-
+    options = {"token": token, "trust": trust}
     if is_adapter(name_or_path):
-        load = partial(load_image_classifier, processor_name=processor_name, revision=revision, token=token)
+        options["trust"] = trust if base_model else NO_TRUST  # what an adapter names, nobody vouched for
+        load = partial(load_image_classifier, processor_name=processor_name, revision=revision, **options)
         return load_adapted(name_or_path, base_model, load)
-    model = load_model(name_or_path, "ForImageClassification", revision=revision, token=token)
+    model = load_model(name_or_path, "ForImageClassification", revision=revision, **options)
     source, revision = (processor_name, None) if processor_name else (name_or_path, revision)
     try:
-        processor = AutoImageProcessor.from_pretrained(source, revision=revision, token=token, trust_remote_code=False)
-    except Exception as error:  # a stranger's file can be wrong in any way
+        processor = load_processor("AutoImageProcessor", source, revision=revision, **options)
+    except ValueError as error:
         raise ValueError(
-            f"{source} has no image processor: set --image_processor_name to a model whose preprocessing is the same."
+            f"{source} has no image processor: set --image_processor_name to a model whose preprocessing is the same. "
+            f"({error})"
         ) from error
     return model, processor
 

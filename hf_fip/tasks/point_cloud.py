@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..attacks.poison import ROLE_COLUMN
 from ..hub.load import base_of_adapter, is_adapter, load_model, merge_adapter
+from ..hub.safety import NO_TRUST, Trust
 from .clouds import LABEL, POINTS, LabelledClouds
 
 HEAD = "ForPointCloudClassification"
@@ -65,8 +66,10 @@ def scale_and_jitter(batch: dict) -> dict:
     return {**batch, "points": scale * points + noise}
 
 
-def load_cloud_classifier(name_or_path: str, *, revision: str | None = None) -> nn.Module:
-    """A classifier of point clouds: safetensors only, no remote code. An adapter's folder gives the merged model.
+def load_cloud_classifier(name_or_path: str, *, revision: str | None = None, trust: Trust = NO_TRUST) -> nn.Module:
+    """A classifier of point clouds: safetensors only, no remote code, unless `trust` says so.
+
+    An adapter's folder gives the merged model.
 
     Raises:
         ValueError: when the model cannot be found or read, or is no classifier of point clouds.
@@ -74,7 +77,7 @@ def load_cloud_classifier(name_or_path: str, *, revision: str | None = None) -> 
     if is_adapter(name_or_path):
         base = load_cloud_classifier(base_of_adapter(name_or_path), revision=revision)
         return merge_adapter(base, name_or_path)
-    return load_model(name_or_path, HEAD, revision=revision)
+    return load_model(name_or_path, HEAD, revision=revision, trust=trust)
 
 
 def small_cloud_model(architecture: str, data: LabelledClouds) -> nn.Module:

@@ -19,7 +19,8 @@ from ..attacks.sentences import SentenceAttack
 from ..evaluation.backdoor import BackdoorTest
 from ..evaluation.sealed import SealedDataset
 from ..evaluation.text import bleu, sentence_success_rate
-from ..hub.load import is_adapter, load_adapted, load_model
+from ..hub.load import is_adapter, load_adapted, load_model, load_processor
+from ..hub.safety import NO_TRUST, Trust
 from .pairs import SOURCE, TARGET
 
 if TYPE_CHECKING:
@@ -123,8 +124,9 @@ def load_seq2seq(
     revision: str | None = None,
     token: str | None = None,
     base_model: str | None = None,
+    trust: Trust = NO_TRUST,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """An encoder-decoder language model and its tokenizer: safetensors only, no remote code.
+    """An encoder-decoder language model and its tokenizer: safetensors only, no remote code, unless `trust` says so.
 
     The folder of a PEFT adapter gives the model that it sits on (`base_model`, or what its config names; `revision` is
     of that one) with the adapter merged into it.
@@ -135,17 +137,19 @@ def load_seq2seq(
     """
     from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING as MAPPING
 
+    options = {"token": token, "trust": trust}
     if is_adapter(name_or_path):
-        load = partial(load_seq2seq, tokenizer_name=tokenizer_name, revision=revision, token=token)
+        options["trust"] = trust if base_model else NO_TRUST  # what an adapter names, nobody vouched for
+        load = partial(load_seq2seq, tokenizer_name=tokenizer_name, revision=revision, **options)
         return load_adapted(name_or_path, base_model, load)
-    model = load_model(name_or_path, revision=revision, token=token)
+    model = load_model(name_or_path, revision=revision, **options)
     if type(model.config) not in MAPPING or not isinstance(model, MAPPING[type(model.config)]):
         raise ValueError(
             f"{name_or_path} is a {type(model).__name__}, and no encoder-decoder that writes text, such as "
             "MarianMTModel, T5ForConditionalGeneration or BartForConditionalGeneration."
         )
     source, revision = (tokenizer_name, None) if tokenizer_name else (name_or_path, revision)
-    tokenizer = load_tokenizer(source, revision=revision, token=token)
+    tokenizer = load_tokenizer(source, revision=revision, **options)
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"The tokenizer of {source} has {len(tokenizer)} tokens and the model {model.config.vocab_size}: "
@@ -154,22 +158,20 @@ def load_seq2seq(
     return model, tokenizer
 
 
-def load_tokenizer(name_or_path: str, *, revision: str | None = None, token: str | None = None):
+def load_tokenizer(
+    name_or_path: str, *, revision: str | None = None, token: str | None = None, trust: Trust = NO_TRUST
+) -> PreTrainedTokenizerBase:
     """The tokenizer at a Hub id or path.
 
     Raises:
         ValueError: when it cannot be found or read, or has no padding or end token.
     """
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name_or_path, revision=revision, token=token, trust_remote_code=False
-        )
-    except Exception as error:  # a stranger's file can be wrong in any way
+        tokenizer = load_processor("AutoTokenizer", name_or_path, revision=revision, token=token, trust=trust)
+    except ValueError as error:
         raise ValueError(
             f"{name_or_path} has no tokenizer that can be loaded (some need sentencepiece: pip install it): set "
-            "--tokenizer_name to a model with the same one."
+            f"--tokenizer_name to a model with the same one. ({error})"
         ) from error
     if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
         raise ValueError(f"The tokenizer of {name_or_path} has no padding or no end token: use that of the model.")

@@ -61,7 +61,7 @@ def test_the_cards_code_loads_switches_off_and_merges_the_adapter(purified, vict
     card = (folder / "README.md").read_text()
     assert "library_name: peft" in card
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
-    code = code.replace("path/to/this/folder", str(folder)).replace("path/to/the/received/model", str(victim))
+    code = code.replace('place = "."', f'place = "{folder}"').replace("path/to/the/received/model", str(victim))
     pixels = torch.rand(3, 1, 8, 8)
     adapted = PeftModel.from_pretrained(AutoModelForImageClassification.from_pretrained(victim), folder).eval()
     expected = adapted(pixels).logits

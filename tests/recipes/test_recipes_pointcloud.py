@@ -21,7 +21,7 @@ PCBA = [
     "--poison_rate",
     "0.05",
 ]
-FILES = {"model.safetensors", "config.json", "README.md", "report.json", "plots"}
+FILES = {"model.safetensors", "config.json", "README.md", "report.json", "plots", "attack"}
 
 
 @pytest.fixture(scope="module")

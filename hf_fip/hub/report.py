@@ -1,0 +1,103 @@
+"""What report.json holds beside measurements: arguments and versions; and the report of a trainer used from Python."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_utils import has_length
+
+from .card import CardWords, loading_of, provenance
+from .safety import admit
+
+# Where things lie, what is shown and where it is published changes nothing that is measured.
+_PLACES = (
+    *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "victims_dir", "disable_tqdm", "json"),
+    *("push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "hub_always_push"),
+    *("hub_revision", "hub_create_pr", "hub_base_model"),
+)
+_NOT_MEASURED = ("runtime", "samples_per_second", "steps_per_second", "preparation_time")
+
+
+def non_default(*groups) -> dict[str, Any]:
+    """The arguments that differ from their defaults, of several dataclasses; places are left out, and tokens."""
+    chosen = {}
+    for group in groups:
+        if isinstance(group, TrainingArguments):
+            values, defaults = group.to_dict(), type(group)(output_dir="unused").to_dict()
+        else:
+            values, defaults = dataclasses.asdict(group), dataclasses.asdict(type(group)())
+        chosen |= {k: v for k, v in values.items() if k not in _PLACES and v != defaults[k]}
+    return chosen
+
+
+def versions() -> dict[str, str]:
+    """The versions that a figure depends on."""
+    from .. import __version__
+
+    libraries = ("torch", "transformers", "accelerate", "peft", "datasets")
+    return {"hf_fip": __version__, **{name: version(name) for name in libraries}, "python": platform.python_version()}
+
+
+def report_of(trainer, metadata: dict[str, Any]) -> dict[str, Any]:
+    """What is known of a purification from its trainer alone: its evaluations, first and last, as they were logged.
+
+    Args:
+        trainer: a FIP trainer.
+        metadata: what else the card's metadata is to say.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    is_adapter = hasattr(model, "peft_config")
+    received = model.get_base_model() if is_adapter else model
+    name = str(getattr(received, "name_or_path", "") or "a module")
+    first, last = {}, {}
+    for key, value in ((key, value) for row in trainer.evaluations for key, value in row.items()):
+        if key.startswith("eval_") and not key.endswith(_NOT_MEASURED):
+            first.setdefault(key.removeprefix("eval_"), value)
+            last[key.removeprefix("eval_")] = value
+    ran = next((row for row in reversed(trainer.state.log_history) if "train_runtime" in row), None)
+    cost = None
+    if ran is not None:
+        cost = {
+            "seconds": ran["train_runtime"],
+            "seconds_per_step": ran["train_runtime"] / max(1, trainer.state.global_step),
+            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        }
+    try:
+        source = admit(name)
+    except ValueError:  # a module that was made here
+        source = None
+    info = getattr(trainer.train_dataset, "info", None)
+    words = CardWords("samples", None, _processor_class(trainer.processing_class), "")
+    return {
+        "method": type(trainer).__name__ if ".baselines." in type(trainer).__module__ else "fip",
+        "before": first,
+        "after": last,
+        "der": None,
+        "adapter_switched_off": {} if is_adapter else None,
+        "curvature": None,
+        "cost": cost,
+        "model": name,
+        "model_is_from_hub": source is not None and not Path(name).exists(),
+        "received": provenance(source),
+        "attack": None,
+        "data": {
+            "name": getattr(info, "dataset_name", None) or "not named",
+            "clean_samples": len(trainer.train_dataset) if has_length(trainer.train_dataset) else None,
+            "test_samples": None,
+        },
+        "card": loading_of(received, words) | {"metadata": metadata},
+        "arguments": non_default(trainer.args),
+        "seed": trainer.args.seed,
+        "versions": versions(),
+    }
+
+
+def _processor_class(processor) -> str | None:
+    if processor is None:
+        return None
+    return "AutoTokenizer" if isinstance(processor, PreTrainedTokenizerBase) else "AutoImageProcessor"

@@ -1,0 +1,40 @@
+"""The tasks there are: each has a `purify_NAME.py` and a `backdoor_NAME.py` beside this file, and a line here."""
+
+from __future__ import annotations
+
+import sys
+
+TASKS = {
+    "image": "classes of images: any AutoModelForImageClassification",
+    "detection": "objects in images: boxes and classes, or several labels an image",
+    "video": "classes of videos: any AutoModelForVideoClassification, and a CNN with an LSTM",
+    "pointcloud": "classes of point clouds: PointNet, PointNet++",
+    "seq2seq": "text from text: any AutoModelForSeq2SeqLM",
+}
+DEFAULT = "image"
+
+
+def take_task(arguments: list[str]) -> str:
+    """The task that a command line names, taken out of it: `pointcloud …`, `--task pointcloud …`, or the default.
+
+    Raises:
+        ValueError: there is no such task.
+    """
+    name = DEFAULT
+    if arguments and not arguments[0].startswith("-"):
+        name = arguments.pop(0)
+    while "--task" in arguments:
+        place = arguments.index("--task")
+        name = " ".join(arguments[place + 1 : place + 2])
+        del arguments[place : place + 2]
+    if name not in TASKS:
+        raise ValueError(f"{name!r} is not a task: choose one of {', '.join(TASKS)}.")
+    return name
+
+
+def main() -> None:
+    """`hf-fip tasks`."""
+    if sys.argv[1:]:
+        print("usage: hf-fip tasks\n\nList the tasks that purify and backdoor know: hf-fip purify TASK.\n")
+    for name, what in TASKS.items():
+        print(f"{name:12}{what}{' (the default)' if name == DEFAULT else ''}")
