@@ -59,6 +59,12 @@ class FIPArguments:
         fisher_chunk_size (`int`, *optional*, defaults to 8):
             Samples whose scores are held at once by `"exact"` and by diag F̄; memory is this × trainable parameters.
 
+        > Parameters of the training
+
+        max_dropped_updates (`int`, *optional*, defaults to 5):
+            An update whose loss, Tr F or gradient is not finite is dropped: nothing moves. After so many in a row the
+            next one ends the run.
+
         > Parameters with another default than in `TrainingArguments`
 
         optim (`str`, *optional*, defaults to `"sgd"`), optim_args (`str`, *optional*):
@@ -115,6 +121,11 @@ class FIPArguments:
         default=8, metadata={"help": "Per-sample scores held at once by the exact estimator and by diag F̄."}
     )
 
+    max_dropped_updates: int = field(
+        default=5,
+        metadata={"help": "Updates in a row that may be dropped because they are not finite; the next ends the run."},
+    )
+
     # The optimiser of the paper (SGD with momentum); Adam would turn a large penalty into a step along it alone.
     optim: str = field(default="sgd", metadata={"help": "The optimizer to use."})
     optim_args: str | None = field(
@@ -131,6 +142,10 @@ class FIPArguments:
         if self.trace_epsilon is None:
             self.trace_epsilon = 0.01 if self.bf16 or self.fp16 else 0.001
         self.check()
+
+    def __getstate__(self) -> dict:
+        """For pickles, such as the training_args.bin that the Trainer saves and pushes: without the token."""
+        return {**self.__dict__, "hub_token": None}
 
     @classmethod
     def fast_fip(cls, output_dir: str, **fields):
@@ -155,6 +170,8 @@ class FIPArguments:
             value = getattr(self, name)
             if value is not None and not value >= 1:
                 raise ValueError(f"{name}={value} has to be at least 1.")
+        if self.max_dropped_updates < 0:
+            raise ValueError(f"max_dropped_updates={self.max_dropped_updates} has to be zero or more.")
         if not 0 < self.trace_epsilon < math.inf:
             raise ValueError(f"trace_epsilon={self.trace_epsilon} has to be positive, and finite.")
         check_choice(self.trace_estimator, self.trace_gradient, self.fisher_labels)

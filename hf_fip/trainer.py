@@ -12,15 +12,19 @@ an update, it does not depend on how the batch is split.
 from __future__ import annotations
 
 import copy
+import functools
+import json
 import math
 import os
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import DynamoBackend
+from huggingface_hub import HfApi
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader, Subset
@@ -37,7 +41,11 @@ from .fisher.likelihood import Likelihood, infer_likelihood
 from .fisher.passes import RandomState, preserved_buffers
 from .fisher.scores import trainable_parameters
 from .fisher.trace import TraceEstimator
+from .guard import StopAtCheckpoint, UpdateGuard
+from .hub.card import CARD_NAME, REPORT_NAME, TAGS, card_of
 from .hub.load import load_model
+from .hub.push import push_folder
+from .hub.report import report_of
 from .processes import sum_over_processes
 
 FIRST_LOSS = "first_task_loss"  # in `log_history`
@@ -85,10 +93,12 @@ class FIPMixin(SealedEvaluation):
             model = get_peft_model(model, copy.deepcopy(peft_config))  # PEFT writes what it found into it
         self._likelihood = likelihood
         self._train_transform = train_transform
+        self.evaluations: list[dict[str, float]] = []
         self._is_set_up = False  # at the first step of each `train`
         self._trace: TraceEstimator | None = None
         self._anchor: Anchor | None = None
         self._first_loss: float | None = None
+        self._guard, self._signals = UpdateGuard(), StopAtCheckpoint()
         self._in_update = False
         self._observing = False
         self._metrics: dict[str, list[float]] = defaultdict(list)
@@ -99,6 +109,7 @@ class FIPMixin(SealedEvaluation):
             check_dataset(train_dataset, args)
         super().__init__(model, args, data_collator, train_dataset, *positional, **kwargs)
         self.add_callback(_LiftShifts())
+        self.add_callback(self._signals)
 
     # ---- One update ----
 
@@ -111,10 +122,7 @@ class FIPMixin(SealedEvaluation):
             self._begin_update()
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"The loss is {loss.item()} at step {self.state.global_step}: "
-                "lower the learning rate or eta_f, and check the data for invalid values."
-            )
+            self._guard.note(f"The loss is {loss.item()}")
         self._task_loss = self._task_loss + loss
         if self.accelerator.sync_gradients:
             loss = loss + self._add_regularisers()
@@ -127,7 +135,7 @@ class FIPMixin(SealedEvaluation):
         batch = dict(inputs)  # the Trainer may take the labels out
         random_state = RandomState.capture(self.args.device)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if torch.isfinite(loss):  # or `training_step` is about to say so
+        if torch.isfinite(loss):  # no labels can be drawn from NaN; `_add_trace` leaves this update out
             self._observe(batch, outputs, random_state)
         return (loss, outputs) if return_outputs else loss
 
@@ -135,6 +143,7 @@ class FIPMixin(SealedEvaluation):
         """Decide whether the trace is due, and seed this update's draws: the same after a resume."""
         self._in_update = True
         self._task_loss = 0.0
+        self._guard.begin(self.model)
         step = self.state.global_step
         self._observing = self._trace is not None and step % self.args.trace_interval == 0
         if self._observing:
@@ -158,7 +167,7 @@ class FIPMixin(SealedEvaluation):
         """Add the gradients of both regularisers to `.grad`; returns their value."""
         self._metrics["task_loss"].append(float(self._task_loss))
         penalty = 0.0
-        if self._observing:
+        if self._observing and not self._any_process(self._guard.fault is not None):  # or the guard drops the update
             penalty += self._add_trace()
         if self._anchor is not None:
             penalty += self._add_drift()
@@ -179,13 +188,10 @@ class FIPMixin(SealedEvaluation):
         value, gradient = self._trace.estimate()
         trace = value.item()
         if not (math.isfinite(trace) and torch.isfinite(get_total_norm(gradient))):
-            if self._loss_scale() > 1.0:  # float16 overflowed: the scaler is to skip this update and lower its scale
-                self._add_to_grad(self._trace.parameters, gradient, math.inf)
-                return 0.0
-            raise FloatingPointError(
-                f"Tr F or its gradient is not finite at step {self.state.global_step} (Tr F: {trace}): "
-                "lower the learning rate or eta_f."
-            )
+            # With float16 the scaler skips this update and lowers its scale, without it the guard drops it.
+            self._guard.note(f"Tr F is {trace}, or its gradient is not finite,")
+            self._add_to_grad(self._trace.parameters, gradient, math.inf)
+            return 0.0
         self._metrics["fisher_trace"].append(trace)
         weight = self.current_eta_f() * self.args.trace_interval
         if self.args.trace_form == "trace":
@@ -195,6 +201,15 @@ class FIPMixin(SealedEvaluation):
             return 0.0
         self._add_to_grad(self._trace.parameters, gradient, weight / trace)  # ∇ log T = ∇T / T
         return weight * math.log(trace)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self._loss_scale() == 1.0:  # else float16's scaler skips such updates
+            self._guard.finish(model, float(norm), self.state.global_step, self.args.max_dropped_updates)
+        return norm
+
+    def _any_process(self, condition: bool) -> bool:
+        return bool(sum_over_processes(torch.tensor(float(condition), device=self.args.device)) > 0)
 
     def _loss_rise(self) -> float:
         """The task loss of this update, over all processes, above that of the first, which a checkpoint keeps."""
@@ -247,7 +262,12 @@ class FIPMixin(SealedEvaluation):
     # ---- Before the first update ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *positional, **kwargs):
-        """As `Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that was written to its end."""
+        """As `Trainer.train`, with three differences.
+
+        `resume_from_checkpoint=True` takes the last checkpoint that was written to its end. An update whose gradient
+        is not finite is dropped and counted. On Ctrl-C and SIGTERM the update is finished and a checkpoint written
+        first: `train` called again with `resume_from_checkpoint=True` ends with the same weights.
+        """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
@@ -258,7 +278,9 @@ class FIPMixin(SealedEvaluation):
         self._trace = self._anchor = self._first_loss = None
         if resume_from_checkpoint and self.args.eta_r > 0:
             self._anchor = Anchor.load(resume_from_checkpoint, self.args.device)
-        return super().train(resume_from_checkpoint, *positional, **kwargs)
+        self._guard = UpdateGuard()
+        with self._signals.listening():
+            return super().train(resume_from_checkpoint, *positional, **kwargs)
 
     def _inner_training_loop(self, *positional, **kwargs):
         # Called again with a smaller batch by `auto_find_batch_size`, when memory ran out in the middle of an update.
@@ -344,22 +366,91 @@ class FIPMixin(SealedEvaluation):
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()  # every process has written its own
 
+    # ---- The card, and the Hub ----
+
+    def create_model_card(
+        self, language: str | None = None, license: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write README.md to the output folder: what was purified, how, and what was measured (`hf_fip.hub.card`).
+
+        What the trainer logged goes into `report.json` beside it, which the card then says.
+        """
+        if not self.is_world_process_zero():
+            return
+        folder = Path(self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        tags = [tags] if isinstance(tags, str) else tags or []
+        said = {"language": language, "license": license, "tags": tags and [*TAGS, *tags]}
+        report = report_of(self, {key: value for key, value in said.items() if value})
+        (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        card_of(folder).save(folder / CARD_NAME)
+
+    def push_to_hub(
+        self,
+        commit_message: str = "Purified by hf_fip",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        create_pr: bool = False,
+        base_model: str | None = None,
+        **card,
+    ):
+        """Save the model or adapter and push it with its card, in one commit; gives the commit's address.
+
+        Args:
+            blocking: wait for it; otherwise a `Future` is returned.
+            token, revision, private: by default `hub_token`, `hub_revision` and `hub_private_repo` of the arguments.
+            create_pr: open a pull request in place of a commit.
+            base_model: Hub id of the received model, for an adapter on a model that was loaded from elsewhere.
+            card: as in `create_model_card`.
+
+        Raises:
+            ValueError: the Hub refused. What was saved is whole, and can be pushed again.
+        """
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**card)
+        self._finish_current_push()
+        args = self.args
+        push = functools.partial(
+            push_folder,
+            args.output_dir,
+            args.hub_model_id or Path(args.output_dir).absolute().name,
+            token=token or args.hub_token,
+            private=args.hub_private_repo if private is None else private,
+            revision=revision or args.hub_revision,
+            create_pr=create_pr,
+            message=commit_message,
+            base_model=base_model,
+        )
+        return push() if blocking else HfApi().run_as_future(push)
+
     # ---- Logging ----
 
     def log(self, logs: dict[str, float], *positional, **kwargs) -> None:
         """Beside `loss`, the means since the last log of `task_loss`, `fisher_trace` and `drift` (the η_r term).
 
-        With `max_loss_rise` also `trace_left_out`, the share of updates above it.
+        With `max_loss_rise` also `trace_left_out`, the share of updates above it; and `dropped_updates`, how many so
+        far were dropped, when there are any.
         """
         if "loss" in logs and self._metrics:
-            means = torch.tensor(
-                [float(np.mean(values)) for values in self._metrics.values()], device=self.args.device
-            )
+            means = torch.tensor([_finite_mean(values) for values in self._metrics.values()], device=self.args.device)
             sum_over_processes(means)
             means = (means / self.args.world_size).tolist()
             logs = {**logs, **dict(zip(self._metrics, means, strict=True))}
             self._metrics.clear()
+            if self._guard.dropped:
+                logs["dropped_updates"] = self._guard.dropped
+        if any(key.startswith("eval_") for key in logs):
+            self.evaluations.append(logs)  # `train` begins its log anew; the card tells what was before
         super().log(logs, *positional, **kwargs)
+
+
+def _finite_mean(values: list[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return float(np.mean(finite)) if finite else math.nan
 
 
 class FIPTrainer(FIPMixin, Trainer):
@@ -387,7 +478,7 @@ class FIPTrainer(FIPMixin, Trainer):
 
     Raises:
         ValueError: for every combination that cannot work, with the way out, before the output folder is made.
-        FloatingPointError: (from `train`) when the loss or Tr F is NaN or infinite.
+        FloatingPointError: (from `train`) when the loss or Tr F was NaN or infinite too often in a row.
 
     Example:
 

@@ -23,7 +23,6 @@ from trainer_cases import (
     text_trainer,
     trained,
     vit,
-    weights,
 )
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
@@ -307,58 +306,6 @@ def test_the_extra_passes_move_batchnorm_statistics_no_further(tmp_path):
 
 
 # ---- Interrupted and impossible updates ----
-
-
-class Faulty(Categorical):
-    """A categorical likelihood that goes wrong at its n-th use; an update uses it once a score."""
-
-    def __init__(self, at: int, fault):
-        self.left, self.fault = at, fault
-
-    def log_prob(self, logits, labels):
-        self.left -= 1
-        return self.fault(super().log_prob(logits, labels)) if self.left == 0 else super().log_prob(logits, labels)
-
-
-def interrupt(log_prob):
-    raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize(
-    ("at", "fault", "error"),
-    [
-        (3, lambda value: value * math.nan, FloatingPointError),  # Tr F of the second update
-        (3, lambda value: value * math.inf, FloatingPointError),
-        (4, lambda value: value * math.nan, FloatingPointError),  # its gradient
-        (3, interrupt, KeyboardInterrupt),
-        (4, interrupt, KeyboardInterrupt),
-    ],
-    ids=["trace-nan", "trace-inf", "gradient-nan", "interrupted-score", "interrupted-second-pass"],
-)
-def test_an_update_that_fails_leaves_the_weights_of_the_last_one(at, fault, error, tmp_path):
-    snapshots = Snapshots()
-    model = vit()
-    storage = [parameter.data_ptr() for parameter in model.parameters()]
-    trainer = image_trainer(tmp_path, model, **CONSTANT, likelihood=Faulty(at, fault), callbacks=[snapshots])
-    with pytest.raises(error) as raised:
-        trainer.train()
-    assert len(snapshots.weights) == 1 and identical(snapshots.weights[0], weights(model))
-    assert storage == [parameter.data_ptr() for parameter in model.parameters()]
-    if error is FloatingPointError:
-        assert "at step 1" in str(raised.value) and "\n" not in str(raised.value)
-
-
-@pytest.mark.parametrize("options", [{}, {"eta_f": 0.0}], ids=["fip", "plain"])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_not_a_number_stops_the_run_before_the_weights_change(value, options, tmp_path):
-    data = Images()
-    data.pixels[:] = value
-    model = vit()
-    before = weights(model)
-    trainer = image_trainer(tmp_path, model, train_dataset=data, gradient_accumulation_steps=2, **options)
-    with pytest.raises(FloatingPointError, match=r"^The loss is (nan|inf) at step 0: lower [^\n]*$"):
-        trainer.train()
-    assert identical(before, weights(model))
 
 
 def test_an_overridden_loss_that_hides_the_batch_from_the_trace_is_refused(tmp_path):

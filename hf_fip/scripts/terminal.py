@@ -2,40 +2,100 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from pathlib import Path
 
 import datasets
 import torch
 import transformers
+import yaml
 from accelerate import PartialState
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from ..evaluation.metrics import METRICS
+from ..hub.text import visible, without_tokens
 
 # What a wrong argument, file or place raises, or a full disk or memory; anything else is a bug with its traceback.
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, SafetensorError, torch.OutOfMemoryError)
 
 
+_GOES_ON = "the same command goes on from the last checkpoint, if there is one."
+
+
+class _Terminated(BaseException):
+    """SIGTERM came."""
+
+
+def _terminate(number, frame):
+    raise _Terminated
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a recipe's main function; a user's error is one line on stderr and exit code 1, not a traceback.
 
-    Ctrl-C exits with 130. Set HF_FIP_TRACEBACK=1 to see where an error came from.
+    Ctrl-C exits with 130 and SIGTERM with 143; a training is at a checkpoint then. Set HF_FIP_TRACEBACK=1 to see where
+    an error came from.
     """
     quiet_libraries()
+    found = signal.signal(signal.SIGTERM, _terminate)
     try:
+        sys.argv[1:] = with_config(sys.argv[1:])
         main()
     except KeyboardInterrupt:
-        sys.exit(_complain("interrupted: the same command goes on from the last checkpoint, if there is one.", 130))
+        sys.exit(_complain(f"interrupted: {_GOES_ON}", 130))
+    except _Terminated:
+        sys.exit(_complain(f"terminated: {_GOES_ON}", 143))
     except USER_ERRORS as error:
         if os.environ.get("HF_FIP_TRACEBACK"):
             raise
         sys.exit(_complain("error: " + (" ".join(str(error).split()) or type(error).__name__), 1))
+    finally:
+        signal.signal(signal.SIGTERM, found)
+
+
+def with_config(arguments: list[str]) -> list[str]:
+    """The arguments with those of `--config file.yaml` before them, which they win over.
+
+    Raises:
+        ValueError: the file is not there, or is no YAML of names and values.
+    """
+    if "--config" not in arguments:
+        return arguments
+    place = arguments.index("--config")
+    if place + 1 == len(arguments):
+        raise ValueError("--config needs the name of a YAML file.")
+    name, rest = arguments[place + 1], arguments[:place] + arguments[place + 2 :]
+    try:
+        values = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {name} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {name} holds no names and values, such as `max_steps: 100`.")
+    given = []
+    for key, value in values.items():
+        if value is not None:
+            several = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+            given += [f"--{key}", *map(str, several)]
+    words = next((i for i, argument in enumerate(rest) if argument.startswith("-")), len(rest))
+    return rest[:words] + given + rest[words:]  # behind a word such as the name of a task
+
+
+@contextmanager
+def json_of(report: Path, wanted: bool) -> Iterator[None]:
+    """Where JSON is wanted, everything said goes to stderr, and the report to stdout when it is there."""
+    with redirect_stdout(sys.stderr) if wanted else nullcontext():
+        yield
+    if wanted and PartialState().is_main_process:
+        print(report.read_text(encoding="utf-8"), end="")
 
 
 def quiet_libraries() -> None:
@@ -56,13 +116,13 @@ def quiet_libraries() -> None:
 def say(message: str) -> None:
     """Print a line, on the main process only."""
     if PartialState().is_main_process:
-        print(message, flush=True)
+        print(visible(message), flush=True)
 
 
 def _complain(message: str, code: int) -> int:
     if sys.stderr.isatty():
         print(file=sys.stderr)  # off the line of a progress bar
-    print(message, file=sys.stderr, flush=True)
+    print(visible(without_tokens(message)), file=sys.stderr, flush=True)
     return code
 
 

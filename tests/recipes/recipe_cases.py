@@ -45,11 +45,11 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["hf_fip.scripts.purify_image", "sklearn.datasets", "matplotlib.figure", "rich.table"])
 
 
-def fork(name: str, *arguments, cwd, kill: tuple[str, int] | None = None, largest_file: int | None = None):
+def fork(name: str, *arguments, cwd, kill: tuple | None = None, largest_file: int | None = None):
     """Run a recipe in a process of its own: gives its exit code and stderr.
 
     Args:
-        kill: a function, by its full name, at whose n-th call the process kills itself.
+        kill: a function, by its full name, at whose n-th call the process kills itself, and the signal, if another.
         largest_file: bytes, as if the disk were full beyond.
     """
     arguments = [str(argument) for argument in arguments]
@@ -75,7 +75,8 @@ def _child(name, arguments, cwd, kill, largest_file):
     sys.exit(execute(name, arguments))
 
 
-def _kill_at(place: str, count: int) -> None:
+def _kill_at(place: str, count: int, number: int = signal.SIGKILL) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
     owner_name, _, name = place.rpartition(".")
     owner = pkgutil.resolve_name(owner_name)
     original, calls = getattr(owner, name), itertools.count(1)
@@ -83,7 +84,7 @@ def _kill_at(place: str, count: int) -> None:
     @functools.wraps(original)
     def killing(*args, **kwargs):
         if next(calls) == count:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
         return original(*args, **kwargs)
 
     setattr(owner, name, killing)
@@ -103,4 +104,4 @@ def left_in(folder) -> set[str]:
     return {path.name for path in Path(folder).iterdir()}
 
 
-FILES = {"model.safetensors", "config.json", "preprocessor_config.json", "README.md", "report.json", "plots"}
+FILES = {"model.safetensors", "config.json", "preprocessor_config.json", "README.md", "report.json", "plots", "attack"}

@@ -125,7 +125,7 @@ def test_a_model_of_unknown_attack_gets_acc_alone_and_a_whole_folder(victim, run
     report = report_of("outputs/purify_vit")
     assert [report[when][key] for when in ("before", "after") for key in ("asr", "ra")] == [None] * 4
     assert report["der"] is None and report["attack"] is None
-    assert left_in("outputs/purify_vit") == FILES and left_in("outputs/purify_vit/plots") == {"purification.png"}
+    assert left_in("outputs/purify_vit") == FILES - {"attack"} and left_in("outputs/purify_vit/plots") == {"purification.png"}
     assert "not measured" in Path("outputs/purify_vit/README.md").read_text()
 
 
@@ -200,6 +200,7 @@ def spoil_model(folder: Path) -> Path:
     return folder
 
 
+DIVERGING = ["--model_name_or_path", "VICTIM", "--learning_rate", "1e30"]
 USER_ERRORS = {
     "image column": (["--image_column", "photo"], "No column 'photo' .*Set --image_column"),
     "label column": (["--label_column", "y"], "No column 'y' .*Set --label_column"),
@@ -220,16 +221,17 @@ USER_ERRORS = {
     "an option twice": (["--attack_options", "target_label=2"], "target_label is set twice"),
     "no poison": (["--poison_rate", "0.0001"], "is no row at all"),
     "an option of no attack": (["--model_name_or_path", "VICTIM", "--target_label", "2"], "--attack"),
-    "NaN": (["--model_name_or_path", "VICTIM", "--learning_rate", "1e30"], "loss is nan|not finite"),
+    "NaN": ([*DIVERGING, "--max_dropped_updates", "0"], "loss is nan|not finite"),
+    "NaN again and again": ([*DIVERGING, "--max_steps", "9"], "in the 5 updates before"),
     "NaN after a checkpoint": (
-        ["--model_name_or_path", "VICTIM", "--learning_rate", "1e30", "--save_steps", "1", "--eta_f", "0"],
+        [*DIVERGING, "--max_dropped_updates", "0", "--save_steps", "1", "--eta_f", "0"],
         "loss is nan|not finite",
     ),
     "no such argument": (["--learning_rat", "1"], "unknown: --learning_rat 1 .*--help"),
     "not a number": (["--max_steps", "many"], "argument --max_steps.*'many'"),
     "not a choice": (["--trace_form", "square"], "square.*log_trace"),
     "a wrong setting": (["--eta_f", "-1"], "eta_f=-1.0"),
-    "pushing": (["--push_to_hub"], "does not push"),
+    "pushing without a token": (["--push_to_hub"], "no token for the Hub"),
     "a place under a file": (["--output_dir", "broken.parquet/out"], "broken.parquet is no folder"),
     "a read-only place": (["--model_name_or_path", "VICTIM", "--output_dir", "/proc/out"], "/proc|cannot be made"),
     "a foreign folder": (["--output_dir", "headless", "--overwrite_output_dir"], "not what an earlier run left"),

@@ -61,6 +61,25 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(case, victim, undis
         assert before.get(key) == after.get(key)
 
 
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+@pytest.mark.parametrize("case", ["a victim, in training", "in training", "in training an adapter"])
+def test_a_run_that_is_told_to_stop_writes_a_checkpoint_first(
+    case, number, code, word, victim, undisturbed, run, tmp_path
+):
+    name, arguments, (place, _) = KILLS[case]
+    arguments = [*arguments, "--save_steps", "4", "--output_dir", "out"]
+    if name == "purify_vit":
+        arguments += ["--model_name_or_path", victim]
+    ended, err = fork(name, *arguments, cwd=tmp_path, kill=(place, 3, number))
+    assert ended == code and err.startswith(f"{word}: the same command goes on") and err.count("\n") == 1
+    assert left_in(tmp_path) == {"out.partial"}
+    code, out, err = run(name, *arguments)
+    assert (code, err) == (0, "") and "Going on with an interrupted run, from out.partial/checkpoint-3." in out
+    assert_same_weights("out", undisturbed / ("adapter" if "adapter" in case else name))
+
+
 @pytest.mark.parametrize("attack", ["dyn_one", "clb"])
 def test_a_killed_victim_that_learns_its_trigger_ends_with_the_same_weights_and_trigger(attack, run, tmp_path):
     options = {"dyn_one": "mask_epochs=1", "clb": "steps=2"}[attack]
