@@ -1,7 +1,14 @@
 """Models that transformers lacks. Importing this package makes transformers' Auto classes know them."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForSeq2SeqLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+    AutoModelForVideoClassification,
+)
 
+from .cnn_lstm import CNNLSTMConfig, CNNLSTMForVideoClassification, CNNLSTMModel
 from .conv_seq2seq import ConvSeq2SeqConfig, ConvSeq2SeqForConditionalGeneration
 from .lstm_seq2seq import LSTMSeq2SeqConfig, LSTMSeq2SeqForConditionalGeneration
 from .point_cloud import AutoModelForPointCloudClassification
@@ -12,14 +19,18 @@ from .wide_resnet import WideResNetConfig, WideResNetForImageClassification
 
 # Auto class -> the models it is to load
 _MODELS = {
-    AutoModel: (PointNetModel, PointNet2Model),
+    AutoModel: (CNNLSTMModel, PointNetModel, PointNet2Model),
     AutoModelForImageClassification: (PreActResNetForImageClassification, WideResNetForImageClassification),
     AutoModelForPointCloudClassification: (PointNetForPointCloudClassification, PointNet2ForPointCloudClassification),
     AutoModelForSeq2SeqLM: (ConvSeq2SeqForConditionalGeneration, LSTMSeq2SeqForConditionalGeneration),
+    AutoModelForVideoClassification: (CNNLSTMForVideoClassification,),
 }
 
 __all__ = [
     "AutoModelForPointCloudClassification",
+    "CNNLSTMConfig",
+    "CNNLSTMForVideoClassification",
+    "CNNLSTMModel",
     "PointNet2Config",
     "PointNet2ForPointCloudClassification",
     "PointNet2Model",
