@@ -63,7 +63,8 @@ def plot_purification(
             curve(axes[0], accuracy, label=acc_label, color=BLUE, linestyle="-", marker="o")
             curve(axes[0], asr, label=asr_label, color=VERMILLION, linestyle="--", marker="s")
             axes[0].set(ylabel="percent", ylim=(-3, 103), yticks=range(0, 101, 10))
-            axes[0].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, borderaxespad=0.2)
+            columns = 2 if len(acc_label) < 35 else 1  # both on one line where there is room
+            axes[0].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, frameon=False, borderaxespad=0.2)
         if trace:
             curve(axes[-1], trace, color=GREEN, linestyle="-", marker="^")
             axes[-1].set_ylabel("Tr F (log scale)")

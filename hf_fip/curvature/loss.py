@@ -17,7 +17,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..fisher.likelihood import IGNORE_INDEX, Likelihood, TokenSequence, get_logits, infer_likelihood
+from ..fisher.likelihood import IGNORE_INDEX, Likelihood, TokenSequence, infer_likelihood
 from ..fisher.passes import RandomState, in_eval_mode, preserved_buffers
 from ..fisher.scores import Batch, split_batch
 
@@ -117,7 +117,8 @@ class MeanLoss:
             if loss is not None:
                 return loss.to(self.dtype) * self._terms(part)
         inputs, labels = split_batch(self.model, batch, self.label_name)
-        logits = get_logits(self.model(**inputs))
+        outputs = self.model(**inputs)
+        logits, labels = self.likelihood.logits(outputs), self.likelihood.targets(outputs, labels)
         return -self.likelihood.log_prob(logits, labels).sum().to(self.dtype)
 
     # Sums over parts and processes

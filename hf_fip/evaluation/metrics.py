@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 METRICS = {
     "accuracy": ("ACC", "clean accuracy"),
     "map": ("mAP", "mean average precision"),
+    "map_50": ("AP50", "average precision at an IoU of 0.5"),
     "bleu": ("BLEU", "clean BLEU"),
     "asr": ("ASR", "attack success rate"),
     "ra": ("RA", "robust accuracy"),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .likelihood import Likelihood, infer_likelihood
 from .passes import in_eval_mode
-from .scores import Batch, draw_labels, per_sample_scores, split_batch, trainable_parameters
+from .scores import Batch, per_sample_scores, score_labels, split_batch, trainable_parameters
 from .trace import LABELS
 
 
@@ -57,9 +57,8 @@ def fisher_diagonal(
     count = torch.zeros((), device=next(iter(parameters.values())).device)
     with in_eval_mode(model):
         for batch in batches:
-            inputs, targets = split_batch(model, batch, label_name)
-            if labels == "sampled":
-                targets = draw_labels(model, likelihood, inputs, targets, generator)
+            inputs, clean = split_batch(model, batch, label_name)
+            targets = score_labels(model, likelihood, inputs, clean, labels, generator)
             for scores in per_sample_scores(model, likelihood, inputs, targets, chunk_size=chunk_size):
                 for total, score in zip(diagonal.values(), scores, strict=True):
                     total += score.detach().float().square().sum(0)

@@ -1,7 +1,8 @@
 """log p(y|x) of each sample, and labels drawn from the model: what every Fisher term is made of.
 
 One *sample* is one row of the batch. A likelihood turns a model's logits into one log-likelihood per sample and draws
-labels from the same distribution. Three kinds of output are covered; each says what it sums over.
+labels from the same distribution. Three kinds of output are covered here, detected objects in `matched_queries`; each
+says what it sums over.
 """
 
 from __future__ import annotations
@@ -18,7 +19,13 @@ _TEXT_HEADS = ("ForConditionalGeneration", "MTModel", "EncoderDecoderModel", "Fo
 
 
 class Likelihood(ABC):
-    """The distribution p_θ(y|x) that a model's logits stand for."""
+    """The distribution p_θ(y|x) that a model's logits stand for.
+
+    Attributes:
+        vectorises: whether scores may be taken by vmap.
+    """
+
+    vectorises = True
 
     @abstractmethod
     def log_prob(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -27,6 +34,14 @@ class Likelihood(ABC):
     @abstractmethod
     def sample(self, logits: Tensor, labels: Tensor | None, generator: torch.Generator | None = None) -> Tensor:
         """Labels y ~ p_θ(·|x), in the shape of `labels`, which only say what is masked. `generator` lives on CPU."""
+
+    def logits(self, outputs: Any) -> Tensor:
+        """What `log_prob` and `sample` take, among a model's outputs."""
+        return get_logits(outputs)
+
+    def targets(self, outputs: Any, labels: Any) -> Tensor:
+        """The clean labels of a batch as `log_prob` takes them: most are so; annotated objects are matched first."""
+        return labels
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
@@ -109,8 +124,9 @@ def infer_likelihood(model: nn.Module) -> Likelihood:
     """The likelihood that fits a transformers model, from its config.
 
     Returns:
-        `TokenSequence` for models that generate text, `MultiLabel` for `problem_type="multi_label_classification"`,
-        `Categorical` otherwise (also for a plain `nn.Module` without a config).
+        `MatchedQueries` for object detectors, `TokenSequence` for models that generate text, `MultiLabel` for
+        `problem_type="multi_label_classification"`, `Categorical` otherwise (also for a plain `nn.Module` without a
+        config).
 
     Raises:
         ValueError: for a regression head (also one output without a `problem_type`, as transformers reads it), which
@@ -118,6 +134,10 @@ def infer_likelihood(model: nn.Module) -> Likelihood:
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = getattr(base, "config", None)
+    if type(base).__name__.endswith("ForObjectDetection"):
+        from .matched_queries import MatchedQueries
+
+        return MatchedQueries.of(config)
     problem_type = getattr(config, "problem_type", None)
     if problem_type == "multi_label_classification":
         return MultiLabel()

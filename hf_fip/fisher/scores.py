@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .likelihood import Likelihood, get_logits
+from .likelihood import Likelihood
 from .passes import preserved_buffers
 
 Batch = Mapping[str, Any]
@@ -30,8 +30,8 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return parameters
 
 
-def split_batch(model: nn.Module, batch: Batch, label_name: str = "labels") -> tuple[dict[str, Any], Tensor]:
-    """What the model's forward needs for its logits, and the clean labels.
+def split_batch(model: nn.Module, batch: Batch, label_name: str = "labels") -> tuple[dict[str, Any], Any]:
+    """What the model's forward needs for its logits, and the clean labels: a tensor, or a list of annotated objects.
 
     Labels are left out of the inputs, as no loss is wanted. An encoder-decoder model makes the decoder's inputs from
     them: it gets those, or, when only its forward can make them, the clean labels after all.
@@ -47,7 +47,11 @@ def split_batch(model: nn.Module, batch: Batch, label_name: str = "labels") -> t
         shift_right = getattr(model, "prepare_decoder_input_ids_from_labels", None)
         if shift_right is not None:
             inputs["decoder_input_ids"] = shift_right(labels)
-        elif labels.ndim == 2 and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        elif (
+            isinstance(labels, Tensor)
+            and labels.ndim == 2
+            and getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        ):
             inputs[label_name] = labels
     return inputs, labels
 
@@ -72,15 +76,30 @@ def summed_score(
     return score
 
 
-def draw_labels(
-    model: nn.Module, likelihood: Likelihood, inputs: Batch, labels: Tensor, generator: torch.Generator | None
+def score_labels(
+    model: nn.Module,
+    likelihood: Likelihood,
+    inputs: Batch,
+    clean: Any,
+    kind: str,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Labels y ~ p_θ(·|x), by a forward pass that has no graph and moves no buffer.
+    """The labels of the scores: drawn from the model, y ~ p_θ(·|x) (`sampled`), or the clean ones (`empirical`).
 
-    The clean `labels` say what is masked.
+    What needs the model's outputs takes them from a forward pass that has no graph and moves no buffer.
     """
+    if kind == "empirical" and isinstance(clean, Tensor):
+        return clean
     with torch.no_grad(), preserved_buffers(model):
-        return likelihood.sample(get_logits(model(**inputs)), labels, generator)
+        return labels_from_outputs(likelihood, model(**inputs), clean, kind, generator)
+
+
+def labels_from_outputs(
+    likelihood: Likelihood, outputs: Any, clean: Any, kind: str, generator: torch.Generator | None = None
+) -> Tensor:
+    """`score_labels` where there are outputs already. The clean labels say what is masked."""
+    targets = likelihood.targets(outputs, clean)
+    return targets if kind == "empirical" else likelihood.sample(likelihood.logits(outputs), targets, generator)
 
 
 def per_sample_scores(
@@ -95,9 +114,9 @@ def per_sample_scores(
     """The score of each sample by itself, a chunk of samples at a time.
 
     Uses `torch.func` (vmap of grad), or one backward pass a sample, which gives the same numbers: where vmap cannot
-    trace the model, and for differentiable scores, as autograd through vmap takes the statistics of LayerNorm for
-    constants (torch 2.13) and gets its second derivative wrong. The model has to be in eval mode, as BatchNorm would
-    mix samples; no buffer moves.
+    trace the model or the likelihood forbids it, and for differentiable scores, as autograd through vmap takes the
+    statistics of LayerNorm for constants (torch 2.13) and gets its second derivative wrong. The model has to be in
+    eval mode, as BatchNorm would mix samples; no buffer moves.
 
     Args:
         inputs: keyword arguments of the model's forward; tensors have the samples on their first axis.
@@ -116,11 +135,11 @@ def per_sample_scores(
     def log_prob(values: dict[str, Tensor], sample: dict[str, Tensor], label: Tensor) -> Tensor:
         one_row = {name: tensor.unsqueeze(0) for name, tensor in sample.items()}
         outputs = functional_call(model, values, (), {**one_row, **shared})
-        return likelihood.log_prob(get_logits(outputs), label.unsqueeze(0)).squeeze(0)
+        return likelihood.log_prob(likelihood.logits(outputs), label.unsqueeze(0)).squeeze(0)
 
     values = {name: p.detach() for name, p in parameters.items()}
     vectorised = vmap(grad(log_prob), in_dims=(None, 0, 0))
-    use_vmap = not differentiable
+    use_vmap = likelihood.vectorises and not differentiable
     for start in range(0, rows, chunk_size):
         part = slice(start, start + chunk_size)
         sample, label = {name: tensor[part] for name, tensor in batched.items()}, labels[part]
@@ -141,7 +160,7 @@ def per_sample_scores(
             kernel = sdpa_kernel(SDPBackend.MATH) if differentiable else nullcontext()
             with preserved_buffers(model), kernel, torch.enable_grad():
                 outputs = model(**{name: tensor[row : row + 1] for name, tensor in sample.items()}, **shared)
-                value = likelihood.log_prob(get_logits(outputs), label[row : row + 1]).sum()
+                value = likelihood.log_prob(likelihood.logits(outputs), label[row : row + 1]).sum()
                 score = summed_score(value, list(parameters.values()), create_graph=differentiable)
             yield [s.unsqueeze(0) for s in score]
 

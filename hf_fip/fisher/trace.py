@@ -35,9 +35,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .likelihood import Likelihood, at_least_float32, get_logits, infer_likelihood
+from .likelihood import Likelihood, at_least_float32, infer_likelihood
 from .passes import RandomState, displaced, in_eval_mode, preserved_buffers
-from .scores import Batch, draw_labels, per_sample_scores, split_batch, summed_score, trainable_parameters
+from .scores import (
+    Batch,
+    labels_from_outputs,
+    per_sample_scores,
+    score_labels,
+    split_batch,
+    summed_score,
+    trainable_parameters,
+)
 
 ESTIMATORS = ("sampled_sum", "signed_sum", "exact")
 GRADIENTS = ("finite_difference", "double_backward")
@@ -175,10 +183,8 @@ class TraceEstimator:
         """
         inputs, clean = split_batch(self.model, batch, self.label_name)
         if self.estimator == "exact":  # scored by itself in `estimate`, in eval mode: the labels come from there too
-            labels = clean
-            if self.labels == "sampled":
-                with in_eval_mode(self.model):
-                    labels = draw_labels(self.model, self.likelihood, inputs, clean, generator)
+            with in_eval_mode(self.model):
+                labels = score_labels(self.model, self.likelihood, inputs, clean, self.labels, generator)
             self._seen.append(_MicroBatch(inputs, labels))
         elif outputs is None:
             random_state = RandomState.capture(self.parameters[0].device)
@@ -191,8 +197,8 @@ class TraceEstimator:
 
     def _add_score(self, inputs, clean, outputs, generator, random_state, scale, keep_graph) -> None:
         """Draw one micro-batch's labels and signs; then G += Σ_i r_i s_i."""
-        logits = get_logits(outputs)
-        labels = clean if self.labels == "empirical" else self.likelihood.sample(logits, clean, generator)
+        logits = self.likelihood.logits(outputs)
+        labels = labels_from_outputs(self.likelihood, outputs, clean, self.labels, generator)
         signs = None
         if self.estimator == "signed_sum":
             coins = torch.randint(0, 2, (labels.shape[0],), generator=generator)
@@ -261,7 +267,7 @@ class TraceEstimator:
         No buffer moves, in the backward passes either (activation checkpointing runs forward again there).
         """
         with seen.random_state.replayed(), preserved_buffers(self.model), torch.enable_grad():
-            yield seen.scaled_log_prob(self.likelihood, get_logits(self.model(**seen.inputs)))
+            yield seen.scaled_log_prob(self.likelihood, self.likelihood.logits(self.model(**seen.inputs)))
 
     def _exact(self) -> tuple[Tensor, list[Tensor] | None]:
         """Σ_i ‖s_i‖² and its gradient, summed over processes."""

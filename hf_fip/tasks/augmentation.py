@@ -48,7 +48,7 @@ def shift_and_flip(share: float, flip: bool) -> Transform:
     return transform
 
 
-def disturb(pixels: PixelRange) -> Transform:
+def disturb(pixels: PixelRange, warp: bool = True) -> Transform:
     """Changes that say nothing of an image's class, whatever a trigger may be: the defender's strongest ally.
 
     Each image gets each of these with probability 1/2, and keeps its label: another image of the batch or noise is
@@ -60,6 +60,7 @@ def disturb(pixels: PixelRange) -> Transform:
 
     Args:
         pixels: what the model's processor makes of black and white.
+        warp: whether to warp (not where places matter, as those of boxes do).
 
     Returns:
         A function of a batch with `pixel_values` of shape (B, C, H, W), each a preprocessed image.
@@ -69,7 +70,7 @@ def disturb(pixels: PixelRange) -> Transform:
         values = batch["pixel_values"]
         black, white = (extreme.to(values)[:, :1, :1] for extreme in (pixels.black, pixels.white))
         images = (values - black) / (white - black)
-        for change in (_mix, _warp, _jitter, _erase):
+        for change in (_mix, _warp, _jitter, _erase) if warp else (_mix, _jitter, _erase):
             images = change(images)
         return {**batch, "pixel_values": images.clamp(0, 1) * (white - black) + black}
 
