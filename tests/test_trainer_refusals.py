@@ -205,7 +205,7 @@ def remote_code(folder):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (only_a_pickle, "cannot be loaded as a ViTForImageClassification"),
+        (only_a_pickle, "has no file named model.safetensors: weights are read from safetensors only"),
         (one_weight_less, "lacks 1 weights, among them classifier.bias"),
         (architecture("ViTForMindReading"), "'ViTForMindReading', which transformers does not have"),
         (architecture("AutoTokenizer"), "'AutoTokenizer', which transformers does not have"),
