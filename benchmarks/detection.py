@@ -65,7 +65,7 @@ def main() -> None:
             for method in args.methods:
                 given = ["--model_name_or_path", str(victim), *data, "--seed", seed, *METHODS[method]]
                 report = run("purify_detection.py", folder / method.replace(", ", "-").replace(" ", "-"), *given)
-                rows.append({"case": case, "seed": int(seed), "method": method} | report)
+                rows.append(report | {"case": case, "seed": int(seed), "method": method})
     write(args, rows)
 
 

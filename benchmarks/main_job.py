@@ -5,14 +5,17 @@
         pointnet:pointba_i pointnet:pcba --data_options "--num_points 256" --attack_options pcba:source_label=2
     python benchmarks/main_job.py --name cifar10_resnet --dataset_name path/to/cifar10 --max_train_samples 10000 \\
         --max_test_samples 2000 --clean_samples 1000 --augment --victim_epochs 15 --cases resnet:blend
+    python benchmarks/main_job.py --name video --dataset_name motions --methods fip control undisturbed fast \\
+        --cases cnn_lstm:frame_badnets cnn_lstm:frame_blend cnn_lstm:universal_trigger
 
-For each case (architecture:attack) and seed: a victim, made by recipes/backdoor_image.py and kept; then
+For each case (architecture:attack) and seed: a victim, made by recipes/backdoor_*.py and kept; then those of
 
-    FIP                recipes/purify_*.py as they are
-    control            the same with --eta_f 0: plain fine-tuning, same optimiser, steps and data
-    control, own lr    plain fine-tuning at the learning rate that does best on a fifth of the clean split, held out
-    Fast FIP           the same with --adapter singular
-    Fast FIP, control  that with --eta_f 0: plain fine-tuning of the same shifts and norm layers
+    fip            recipes/purify_*.py as they are
+    control        the same with --eta_f 0: plain fine-tuning, same optimiser, steps and data
+    own_rate       plain fine-tuning at the learning rate that does best on a fifth of the clean split, held out
+    undisturbed    the control on clean samples as they are, where the recipe disturbs them
+    fast           FIP with --adapter singular: Fast FIP
+    fast_control   that with --eta_f 0: plain fine-tuning of the same shifts and norm layers
 
 Nothing is chosen by ASR or on test images. A run whose report.json is there is not repeated. Writes
 results/NAME/table.md and results/NAME/runs.json; with --keep_plots also the pictures of the first seed.
@@ -39,7 +42,19 @@ PURIFY = {
     "pointnet": "purify_pointcloud.py",
     "pointnet2": "purify_pointcloud.py",
 }
+VIDEO = ("cnn_lstm", "videomae", "timesformer", "vivit")
+PURIFY |= dict.fromkeys(VIDEO, "purify_video.py")
 BACKDOOR = {"pointnet": "backdoor_pointcloud.py", "pointnet2": "backdoor_pointcloud.py"}  # else of images
+BACKDOOR |= dict.fromkeys(VIDEO, "backdoor_video.py")
+# name: what it is called in the table, and its arguments beside those of the recipe
+METHODS = {
+    "fip": ("FIP", []),
+    "control": ("fine-tuning, same settings", ["--eta_f", "0"]),
+    "own_rate": ("fine-tuning, own learning rate", ["--eta_f", "0"]),
+    "undisturbed": ("fine-tuning, undisturbed", ["--eta_f", "0", "--disturb", "false"]),
+    "fast": ("Fast FIP", ["--adapter", "singular"]),
+    "fast_control": ("Fast FIP, control", ["--adapter", "singular", "--eta_f", "0"]),
+}
 LEARNING_RATES = ("0.01", "0.05", "0.2")  # the default and a factor of four or five to either side
 
 
@@ -81,6 +96,9 @@ def main() -> None:
     parser.add_argument("--victim_epochs")
     parser.add_argument("--max_steps", help="of purification and controls; the recipe's own by default")
     parser.add_argument("--cases", nargs="+", default=["vit:badnets", "resnet:badnets"])
+    parser.add_argument(
+        "--methods", nargs="+", default=["fip", "control", "own_rate", "fast", "fast_control"], choices=METHODS
+    )
     parser.add_argument("--seeds", nargs="+", default=["1", "2", "3"])
     parser.add_argument("--work", type=Path, default=Path("outputs/main_job"), help="where victims and runs are kept")
     parser.add_argument("--keep_plots", action="store_true")
@@ -113,17 +131,14 @@ def main() -> None:
                 *of_attack.get(attack, []),
             )
             given = ["--model_name_or_path", str(victim), *data, *steps, "--seed", seed]
-            rate = best_learning_rate(script, folder, victim, data, made["clean_split"], [*steps, "--seed", seed])
-            methods = {
-                "FIP": [],
-                "fine-tuning, same settings": ["--eta_f", "0"],
-                "fine-tuning, own learning rate": ["--eta_f", "0", "--learning_rate", rate],
-                "Fast FIP": ["--adapter", "singular"],
-                "Fast FIP, control": ["--adapter", "singular", "--eta_f", "0"],
-            }
-            for method, options in methods.items():
+            rate = None
+            if "own_rate" in args.methods:
+                rate = best_learning_rate(script, folder, victim, data, made["clean_split"], [*steps, "--seed", seed])
+            for name in args.methods:
+                method, options = METHODS[name]
+                options = [*options, "--learning_rate", rate] if name == "own_rate" else options
                 report = run(script, folder / method.replace(", ", "-").replace(" ", "-"), *given, *options)
-                rows.append({"case": case, "seed": int(seed), "method": method, "learning_rate": rate} | report)
+                rows.append(report | {"case": case, "seed": int(seed), "method": method, "learning_rate": rate})
     write(args, rows)
 
 
@@ -158,8 +173,11 @@ def write(args: argparse.Namespace, rows: list[dict]) -> None:
                 f"{runs[0]['cost']['trainable_parameters']:,} |"
             )
     rates = {f"{row['case']} {row['seed']}": row["learning_rate"] for row in rows}
-    chosen = ", ".join(f"{victim}: {rate}" for victim, rate in rates.items())
-    lines.append(f"\nOwn learning rates, chosen on held-out clean images from {', '.join(LEARNING_RATES)}: {chosen}.")
+    if "own_rate" in args.methods:
+        chosen = ", ".join(f"{victim}: {rate}" for victim, rate in rates.items())
+        lines.append(
+            f"\nOwn learning rates, chosen on held-out clean images from {', '.join(LEARNING_RATES)}: {chosen}."
+        )
     (folder / "table.md").write_text("\n".join(lines) + "\n")
     if args.keep_plots:
         for case in args.cases:

@@ -69,7 +69,7 @@ def main() -> None:
             for method, options in METHODS.items():
                 given = ["--model_name_or_path", str(victim), *data, *steps, "--seed", seed, *options]
                 report = run("purify_seq2seq.py", folder / method.replace(", ", "-").replace(" ", "-"), *given)
-                rows.append({"case": case, "seed": int(seed), "method": method} | report)
+                rows.append(report | {"case": case, "seed": int(seed), "method": method})
     write(args, rows)
 
 
