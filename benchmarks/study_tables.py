@@ -17,10 +17,10 @@ COLUMNS = (
     "ASR",
     "RA",
     "DER",
-    "ASR relearned",
+    "relearned",
     "reactivated",
     "on benign",
-    "seconds",
+    "CPU s",
     "trained",
     "runs",
 )
@@ -37,10 +37,8 @@ def write(results: Path, suite: str, command: str, title: str, rows: list[dict],
         "Percent, mean ± standard deviation. ACC on the test images, ASR and RA on those of them whose true class is "
         "not the target; ΔACC is ACC after minus before; DER is 50 for no effect. Relearned: ASR after 5 epochs on "
         "2 % clean and 5 triggered images. Reactivated: ASR under a perturbation that was learned to wake the "
-        "backdoor; on benign: that of perturbation and trigger on a benign model. Seconds of one thread, with other "
-        "runs beside it. "
-        + ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-        + f", {machine}.\n",
+        "backdoor; on benign: that of perturbation and trigger on a benign model. CPU s: of a run's process, one "
+        "thread. " + ", ".join(f"{name} {version}" for name, version in first["versions"].items()) + f", {machine}.\n",
     ]
     if missing:
         lines.append(f"{missing} of {missing + len(rows)} runs have not been made; their cells are empty.\n")
@@ -95,7 +93,7 @@ def _summary(rows: list[dict]) -> list[str]:
         mean = _mean_of_seeds(runs)
         after, relearned, reactivated = mean["after"], mean.get("relearned", {}), mean.get("reactivated", {})
         values = (after["accuracy"], mean["change"], after.get("asr"), after.get("ra"), mean.get("der"))
-        values += (relearned.get("asr"), reactivated.get("asr"), reactivated.get("benign_asr"), mean["seconds"])
+        values += (relearned.get("asr"), reactivated.get("asr"), reactivated.get("benign_asr"), mean["cpu_seconds"])
         table[name] = [*map(_text, values), f"{runs[0]['trained']:,}", str(len(runs))]
     measured = [place for place in range(len(COLUMNS)) if any(cells[place] for cells in table.values())]
     for name, cells in {"method": COLUMNS, "---": ["---"] * len(COLUMNS), **table}.items():

@@ -27,7 +27,7 @@ PLACES = Places("somewhere/on/a/disk/cifar10", "elsewhere/victims", "a/clone")
 def row(cell, seed_shift: float = 0.0, **changed) -> dict:
     before = {"accuracy": 90.0, "asr": 99.0, "ra": 1.0}
     after = {"accuracy": 88.0 + seed_shift, "asr": 3.0 + seed_shift, "ra": 80.0}
-    measured = {"before": before, "after": after, "der": 97.0, "seconds": 2.0, "trained": 1234, "device": "cpu"}
+    measured = {"before": before, "after": after, "der": 97.0, "cpu_seconds": 2.0, "trained": 1234, "device": "cpu"}
     return {"cell": cell.key, "versions": {"torch": "1"}, **measured, **changed}
 
 
@@ -77,7 +77,7 @@ def test_a_table_of_benign_models_has_no_asr(tmp_path):
         for cell in cells
     ]
     text = write(tmp_path, "digits_benign", "a command", "A title", rows, missing=0)
-    assert "| method | ACC | ΔACC | seconds |" in text and "| FIP | 94.0 ± 0.0 | -1.0 ± 0.0 | 2.0" in text
+    assert "| method | ACC | ΔACC | CPU s |" in text and "| FIP | 94.0 ± 0.0 | -1.0 ± 0.0 | 2.0" in text
     assert not (tmp_path / "digits_benign.png").exists()
 
 

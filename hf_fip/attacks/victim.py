@@ -33,8 +33,8 @@ class VictimTrainer(SharpnessAware, FIPTrainer):
 
     Raises:
         ValueError: the attack takes part in the training, and that is to run on several processes or devices, in
-            float16, with FIP's regularisers, label smoothing or `rho`; (from `train`) the images come without roles, or
-            the checkpoint is of a training without the attack.
+            float16, with FIP's regularisers, label smoothing or `rho`; (from `train`) the images come without roles,
+            or the checkpoint is of a training without the attack.
     """
 
     def __init__(self, model, args, *, attack: Attack | None = None, material: Material | None = None, **kwargs):

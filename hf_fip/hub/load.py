@@ -185,21 +185,25 @@ def merge_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
 
 
 def load_adapted(
-    folder: str | os.PathLike, base_model: str | None, load: Callable[[str], tuple[nn.Module, Any]]
+    folder: str | os.PathLike,
+    base_model: str | None,
+    load: Callable[..., tuple[nn.Module, Any]],
+    trust: Trust = NO_TRUST,
 ) -> tuple[nn.Module, Any]:
     """The model that an adapter sits on with the adapter merged into it, and what `load` gives beside that model.
 
     Args:
         folder: of the adapter.
         base_model: where that model is, if not where the adapter's config says.
-        load: loads a model, and what prepares its inputs, from a Hub id or path.
+        load: loads a model, and what prepares its inputs, from a Hub id or path; takes `trust`.
+        trust: in `base_model`; a model that only the adapter names nobody vouched for.
 
     Raises:
         ValueError: the model cannot be loaded, or the adapter is not one for it.
     """
     found = base_of_adapter(folder, base_model)
     try:
-        model, processor = load(found)
+        model, processor = load(found, trust=trust if base_model else NO_TRUST)
     except ValueError as error:
         raise ValueError(
             f"{folder} is an adapter on {one_line(found)} (--base_model names another). {error}"

@@ -96,9 +96,8 @@ def load_image_classifier(
     """
     options = {"token": token, "trust": trust}
     if is_adapter(name_or_path):
-        options["trust"] = trust if base_model else NO_TRUST  # what an adapter names, nobody vouched for
-        load = partial(load_image_classifier, processor_name=processor_name, revision=revision, **options)
-        return load_adapted(name_or_path, base_model, load)
+        load = partial(load_image_classifier, processor_name=processor_name, revision=revision, token=token)
+        return load_adapted(name_or_path, base_model, load, trust)
     model = load_model(name_or_path, "ForImageClassification", revision=revision, **options)
     source, revision = (processor_name, None) if processor_name else (name_or_path, revision)
     try:

@@ -208,8 +208,8 @@ def load_detector(
     """
     options = {"token": token, "trust": trust}
     if is_adapter(name_or_path):
-        load = partial(load_detector, processor_name=processor_name, revision=revision, **options)
-        return load_adapted(name_or_path, base_model, load)
+        load = partial(load_detector, processor_name=processor_name, revision=revision, token=token)
+        return load_adapted(name_or_path, base_model, load, trust)
     model = load_model(name_or_path, "ForObjectDetection", revision=revision, **options)
     source, revision = (processor_name, None) if processor_name else (name_or_path, revision)
     try:

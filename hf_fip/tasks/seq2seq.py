@@ -139,9 +139,8 @@ def load_seq2seq(
 
     options = {"token": token, "trust": trust}
     if is_adapter(name_or_path):
-        options["trust"] = trust if base_model else NO_TRUST  # what an adapter names, nobody vouched for
-        load = partial(load_seq2seq, tokenizer_name=tokenizer_name, revision=revision, **options)
-        return load_adapted(name_or_path, base_model, load)
+        load = partial(load_seq2seq, tokenizer_name=tokenizer_name, revision=revision, token=token)
+        return load_adapted(name_or_path, base_model, load, trust)
     model = load_model(name_or_path, revision=revision, **options)
     if type(model.config) not in MAPPING or not isinstance(model, MAPPING[type(model.config)]):
         raise ValueError(

@@ -127,8 +127,8 @@ def load_video_classifier(
         ValueError: when the model cannot be found or read, is no classifier of clips, or has no processor.
     """
     if is_adapter(name_or_path):
-        load = partial(load_video_classifier, processor_name=processor_name, revision=revision, trust=trust)
-        return load_adapted(name_or_path, base_model, load)
+        load = partial(load_video_classifier, processor_name=processor_name, revision=revision)
+        return load_adapted(name_or_path, base_model, load, trust)
     model = load_model(name_or_path, HEAD, revision=revision, trust=trust)
     source, revision = (processor_name, None) if processor_name else (name_or_path, revision)
     try:
