@@ -84,7 +84,8 @@ class StopAtCheckpoint(TrainerCallback):
             yield
             return
         self.received = None
-        self._found = {number: signal.signal(number, self._note) for number in SIGNALS}
+        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as under nohup
+        self._found = {number: signal.signal(number, self._note) for number in heard}
         try:
             yield
         finally:

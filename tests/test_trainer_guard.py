@@ -180,14 +180,16 @@ class Signal(TrainerCallback):
 
 @pytest.fixture
 def handler():
-    """SIGTERM raises `Terminated`; gives the handlers there are."""
+    """SIGTERM raises `Terminated`, SIGINT `KeyboardInterrupt`; gives the handlers there are."""
 
     def terminate(number, frame):
         raise Terminated
 
-    found = signal.signal(signal.SIGTERM, terminate)
+    handlers = {signal.SIGTERM: terminate, signal.SIGINT: signal.default_int_handler}
+    found = {number: signal.signal(number, own) for number, own in handlers.items()}
     yield lambda: (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
-    signal.signal(signal.SIGTERM, found)
+    for number, earlier in found.items():
+        signal.signal(number, earlier)
 
 
 SENT = pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
@@ -236,6 +238,13 @@ def test_handlers_come_back_after_a_run_and_after_an_error(handler, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         image_trainer(tmp_path, vit(), likelihood=Faulty(3, interrupt), max_steps=3).train()
     assert handler() == handlers
+
+
+def test_a_signal_that_is_ignored_stays_ignored(handler, tmp_path):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    trainer = image_trainer(tmp_path, vit(), callbacks=[Signal(signal.SIGINT)], max_steps=4)
+    trainer.train()
+    assert trainer.state.global_step == 4 and handler()[0] == signal.SIG_IGN
 
 
 def test_a_trainer_in_another_thread_does_not_listen(tmp_path):

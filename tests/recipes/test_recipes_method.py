@@ -14,7 +14,7 @@ def test_another_method_leaves_the_same_folder_and_says_its_name(arguments, run,
     report = report_of("out")
     assert report["method"] == report["arguments"]["method"] == arguments[0] and report["after"]["asr"] is not None
     card = Path("out/README.md").read_text()
-    assert f"after purification with `{arguments[0]}`, a method to compare FIP with, by hf_fip" in card
+    assert f"after purification with `{arguments[0]}`, to compare FIP with, by hf_fip" in card
     assert {"model.safetensors", "plots"} <= {path.name for path in Path("out").iterdir()}
 
 

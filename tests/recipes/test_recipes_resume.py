@@ -20,7 +20,7 @@ KILLS = {  # recipe, arguments, the point of the program where it is killed
     "in training an adapter": ("purify_vit", [*LONG, *FAST], ("transformers.Trainer.training_step", 5)),
     "writing a checkpoint": ("purify_vit", LONG, ("transformers.Trainer._save_rng_state", 2)),
     "measuring the result": ("purify_vit", LONG, ("hf_fip.evaluation.backdoor.BackdoorTest.measure", 9)),
-    "writing the result": ("purify_vit", LONG, ("hf_fip.scripts.purification.make_card", 1)),
+    "writing the result": ("purify_vit", LONG, ("hf_fip.scripts.purification.card_of", 1)),
     "moving the result": ("purify_vit", LONG, ("hf_fip.scripts.run_folder.RunFolder.publish", 1)),
 }
 
@@ -132,7 +132,7 @@ def test_an_unfinished_run_is_discarded_when_asked_to(victim, run, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(purification, "make_card", stop)
+        patch.setattr(purification, "card_of", stop)
         assert run("purify_vit", *LONG, *arguments)[0] == 130
     code, out, _ = run("purify_vit", *SHORT, *arguments)
     assert code == 0 and "Going on" not in out
