@@ -15,6 +15,8 @@ from trainer_cases import QUIET, Images, vit
 from hf_fip import FIPConfig, FIPTrainer, SingularValueConfig
 from hf_fip.hub.card import card_of, make_card, provenance
 from hf_fip.hub.text import one_line, visible, without_tokens
+from hf_fip.scripts.detection import DetectionTask, MultiLabelTask
+from hf_fip.scripts.sentences import TextTask
 from hf_fip.tasks.image_architectures import small_vit
 
 EXAMPLES = sorted(Path(__file__).parents[1].glob("model_cards/*/report.json"))
@@ -73,6 +75,12 @@ def table_of(text: str, heading: str) -> list[list[str]]:
     """The rows of the table under a heading line."""
     lines = text[text.index(heading) :].splitlines()[2:]
     return [re.split(r" *(?<!\\)\| *", line)[1:-1] for line in lines[: lines.index("")]]
+
+
+@pytest.mark.parametrize("task", [DetectionTask, MultiLabelTask, TextTask], ids=lambda task: task.__name__)
+def test_what_the_measures_are_over_is_said_to_the_end(task):
+    card = card_from(card={**report_of()["card"], "denominator": task.words.denominator})
+    assert len(task.words.denominator) > 150 and f"\n{task.words.denominator} No setting" in str(card)
 
 
 def code_of(text: str) -> str:

@@ -21,6 +21,7 @@ CARD_NAME, REPORT_NAME = "README.md", "report.json"
 TAGS = ["hf_fip", "backdoor-purification"]
 HERE = "."  # where a card says a model is that is on no Hub: code that is run beside it finds it
 LIBRARIES = ("transformers", "hf_fip.models")
+_LONGEST_SENTENCE = 1000  # characters of what the measures are over
 _CURVATURE = {  # of the loss on clean samples that purification used; not in percent
     "curvature_lambda_max": "λ_max of the clean loss, by what was trained",
     "curvature_trace": "Tr H of the same",
@@ -149,7 +150,7 @@ def make_card(
         test_samples=report["data"]["test_samples"],
         method=FIP if report["method"] == "fip" else f"`{in_markdown(report['method'])}`, to compare FIP with,",
         attack=in_markdown(report["attack"] or "not known"),
-        denominator=in_markdown(card["denominator"]),
+        denominator=in_markdown(card["denominator"], _LONGEST_SENTENCE),
         seed=int(report["seed"]),
         rows=_rows(report),
         arguments=[(in_markdown(name), in_markdown(value)) for name, value in sorted(arguments.items())],

@@ -16,15 +16,15 @@ def visible(text: str) -> str:
     return "".join(mark if mark.isprintable() or mark in "\n\t" else "�" for mark in text)
 
 
-def one_line(value: Any) -> str:
-    """A value as one visible line of at most `LONGEST` characters."""
-    text = " ".join(visible(str(value)[: 4 * LONGEST]).split())
-    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+def one_line(value: Any, longest: int = LONGEST) -> str:
+    """A value as one visible line of at most so many characters."""
+    text = " ".join(visible(str(value)[: 4 * longest]).split())
+    return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
-def in_markdown(value: Any) -> str:
+def in_markdown(value: Any, longest: int = LONGEST) -> str:
     """A value for a code span or table cell of Markdown: no HTML, and no way out of either."""
-    return html.escape(one_line(value).replace("`", "'"), quote=False).replace("|", "\\|")
+    return html.escape(one_line(value, longest).replace("`", "'"), quote=False).replace("|", "\\|")
 
 
 def without_tokens(text: str) -> str:
