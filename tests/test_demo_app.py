@@ -88,7 +88,7 @@ def test_the_models_are_asked_what_asr_is_measured_with(folders, images, trigger
     pair = made["pair"]
     test = make_test(images, pair.attack, pair.processor, channels=1)
     inputs, labels = (test.triggered, test.triggered.labels) if triggered else (test.clean, test.clean.labels)
-    for sample, digit in zip(made["samples"][1:4], (1, 2, 3), strict=True):
+    for sample, digit in zip(made["samples"][:3], (1, 2, 3), strict=True):
         first = int(np.flatnonzero(labels == digit)[0])
         shown, answers = pair.ask(sample, triggered)
         assert shown.shape == (8, 8, 1) and list(answers) == ["received", "purified"]

@@ -96,15 +96,18 @@ def _parser() -> argparse.ArgumentParser:
 def _images(folders: dict[str, Path], attack_in: str | None, data: str | None) -> tuple[ImagePair, list]:
     models, processor = _load(folders, load_image_classifier)
     config = models[MODELS[0]].config
-    names, size, samples = [str(config.id2label[number]) for number in range(config.num_labels)], None, []
-    if images := _found(load_images, data):
-        images = match_labels(images, models[MODELS[0]])
-        rows = np.unique(images.test["label"][:], return_index=True)[1][:SAMPLES]  # one of each class
-        samples = images.test.select(rows)["image"][:]
-        names = images.class_names if len(images.class_names) == len(names) else names
-        size = to_array(samples[0]).shape
+    names = [str(config.id2label[number]) for number in range(config.num_labels)]
     attack = attack_in and attack_of(ImageTask.poison_arguments(), attack_in, len(names))
-    return ImagePair(models, processor, names, attack, size), samples
+    images = _found(load_images, data)
+    if images is None:
+        return ImagePair(models, processor, names, attack), []
+    images = match_labels(images, models[MODELS[0]])
+    names = images.class_names if len(images.class_names) == len(names) else names
+    classes, rows = np.unique(images.test["label"][:], return_index=True)  # one of each class
+    if attack:
+        rows = rows[np.argsort(~attack.eligible(classes, len(names)), kind="stable")]  # the target comes last
+    samples = images.test.select(rows[:SAMPLES])["image"][:]
+    return ImagePair(models, processor, names, attack, to_array(samples[0]).shape), samples
 
 
 def _texts(folders: dict[str, Path], attack_in: str | None, data: str | None) -> tuple[TextPair, list]:
