@@ -1,8 +1,8 @@
 # The demo, on CPU:  docker build -t hf-fip . && docker run --rm hf-fip
 # With CUDA:         docker build --target cuda -t hf-fip:cuda . && docker run --rm --gpus all hf-fip:cuda
 #
-# The package index has PyTorch with its CUDA libraries, gigabytes of them. Give the index of its CPU builds (pytorch.org
-# names it) for a small image: docker build --build-arg TORCH_INDEX=https://… -t hf-fip .
+# The package index has PyTorch with its CUDA libraries, gigabytes of them. Give the index of its CPU builds (its
+# installation page names it) for a small image: docker build --build-arg TORCH_INDEX=https://… -t hf-fip .
 
 FROM python:3.11.13-slim-bookworm AS base
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
