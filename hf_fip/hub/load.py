@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,39 @@ def load_adapted(
             f"{folder} is an adapter on {one_line(found)} (--base_model names another). {error}"
         ) from error
     return merge_adapter(model, folder), processor
+
+
+def load_with_image_processor(
+    name_or_path: str,
+    head: str,
+    processor_name: str | None = None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    base_model: str | None = None,
+    trust: Trust = NO_TRUST,
+) -> tuple[nn.Module, Any]:
+    """A model with this head, and its image processor: safetensors only, no remote code, unless `trust` says so.
+
+    The folder of a PEFT adapter gives the model that it sits on (`base_model`, or what its config names; `revision` is
+    of that one) with the adapter merged into it.
+
+    Raises:
+        ValueError: when the model cannot be found or read, has another head, or no processor.
+    """
+    if is_adapter(name_or_path):
+        options = {"head": head, "processor_name": processor_name, "revision": revision, "token": token}
+        return load_adapted(name_or_path, base_model, partial(load_with_image_processor, **options), trust)
+    model = load_model(name_or_path, head, revision=revision, token=token, trust=trust)
+    source, revision = (processor_name, None) if processor_name else (name_or_path, revision)
+    try:
+        processor = load_processor("AutoImageProcessor", source, revision=revision, token=token, trust=trust)
+    except ValueError as error:
+        raise ValueError(
+            f"{source} has no image processor: set --image_processor_name to a model whose preprocessing is the same. "
+            f"({error})"
+        ) from error
+    return model, processor
 
 
 @contextmanager

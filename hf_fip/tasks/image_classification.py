@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import PIL.Image
@@ -13,8 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..attacks.poison import ROLE_COLUMN, to_array
-from ..hub.load import is_adapter, load_adapted, load_model, load_processor
-from ..hub.safety import NO_TRUST, Trust
+from ..hub.load import load_with_image_processor
 from .columns import with_classes
 from .data import LabelledImages
 
@@ -77,37 +75,9 @@ class PixelDataset(torch.utils.data.Dataset):
         return item if self.roles is None else {**item, "roles": int(self.roles[row])}
 
 
-def load_image_classifier(
-    name_or_path: str,
-    processor_name: str | None = None,
-    *,
-    revision: str | None = None,
-    token: str | None = None,
-    base_model: str | None = None,
-    trust: Trust = NO_TRUST,
-) -> tuple[nn.Module, object]:
-    """A classifier and its image processor: safetensors only, no remote code, unless `trust` says so.
-
-    The folder of a PEFT adapter gives the model that it sits on (`base_model`, or what its config names; `revision` is
-    of that one) with the adapter merged into it.
-
-    Raises:
-        ValueError: when the model cannot be found or read, has no classification head, or no processor.
-    """
-    options = {"token": token, "trust": trust}
-    if is_adapter(name_or_path):
-        load = partial(load_image_classifier, processor_name=processor_name, revision=revision, token=token)
-        return load_adapted(name_or_path, base_model, load, trust)
-    model = load_model(name_or_path, "ForImageClassification", revision=revision, **options)
-    source, revision = (processor_name, None) if processor_name else (name_or_path, revision)
-    try:
-        processor = load_processor("AutoImageProcessor", source, revision=revision, **options)
-    except ValueError as error:
-        raise ValueError(
-            f"{source} has no image processor: set --image_processor_name to a model whose preprocessing is the same. "
-            f"({error})"
-        ) from error
-    return model, processor
+def load_image_classifier(name_or_path: str, processor_name: str | None = None, **options) -> tuple[nn.Module, object]:
+    """A classifier and its image processor; options and errors as of `hf_fip.hub.load.load_with_image_processor`."""
+    return load_with_image_processor(name_or_path, "ForImageClassification", processor_name, **options)
 
 
 def match_labels(images: LabelledImages, model: nn.Module) -> LabelledImages:

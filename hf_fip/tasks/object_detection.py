@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,8 +21,7 @@ from ..attacks.poison import to_array
 from ..evaluation.backdoor import BackdoorTest
 from ..evaluation.detection import Objects, answer_at, is_detected, mean_average_precision, share
 from ..evaluation.sealed import SealedDataset
-from ..hub.load import is_adapter, load_adapted, load_model, load_processor
-from ..hub.safety import NO_TRUST, Trust
+from ..hub.load import load_with_image_processor
 from ..trainer import FIPTrainer
 from .annotation_files import BOX, CATEGORY
 from .detection_data import IMAGE, OBJECTS
@@ -189,36 +187,15 @@ def _part(dataset: DetectionDataset, samples: int, seed: int) -> DetectionDatase
     return part
 
 
-def load_detector(
-    name_or_path: str,
-    processor_name: str | None = None,
-    *,
-    revision: str | None = None,
-    token: str | None = None,
-    base_model: str | None = None,
-    trust: Trust = NO_TRUST,
-) -> tuple[nn.Module, object]:
-    """A detector and its image processor: safetensors only, no remote code, unless `trust` says so.
-
-    The folder of a PEFT adapter gives the model that it sits on (`base_model`, or what its config names; `revision` is
-    of that one) with the adapter merged into it.
+def load_detector(name_or_path: str, processor_name: str | None = None, **options) -> tuple[nn.Module, object]:
+    """A detector and its image processor; options as of `hf_fip.hub.load.load_with_image_processor`.
 
     Raises:
-        ValueError: when the model cannot be found or read, detects no objects, or has no processor.
+        ValueError: as there; also when the processor is none of a detector.
     """
-    options = {"token": token, "trust": trust}
-    if is_adapter(name_or_path):
-        load = partial(load_detector, processor_name=processor_name, revision=revision, token=token)
-        return load_adapted(name_or_path, base_model, load, trust)
-    model = load_model(name_or_path, "ForObjectDetection", revision=revision, **options)
-    source, revision = (processor_name, None) if processor_name else (name_or_path, revision)
-    try:
-        processor = load_processor("AutoImageProcessor", source, revision=revision, **options)
-    except ValueError as error:
-        raise ValueError(
-            f"{source} has no image processor: set --image_processor_name to a model whose preprocessing is the same. "
-            f"({error})"
-        ) from error
+    model, processor = load_with_image_processor(name_or_path, "ForObjectDetection", processor_name, **options)
     if not hasattr(processor, "post_process_object_detection"):
-        raise ValueError(f"The {type(processor).__name__} of {source} is not one of a detector.")
+        raise ValueError(
+            f"The {type(processor).__name__} of {processor_name or name_or_path} is not one of a detector."
+        )
     return model, processor

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -14,8 +13,7 @@ from ..attacks.clips import FRAMES_COLUMN, to_clip
 from ..attacks.material import Material
 from ..attacks.pixels import fitted
 from ..fisher.passes import RandomState
-from ..hub.load import is_adapter, load_adapted, load_model, load_processor
-from ..hub.safety import NO_TRUST, Trust
+from ..hub.load import load_with_image_processor
 from .augmentation import Transform
 from .image_classification import PixelDataset, match_labels
 from .video_data import LabelledClips
@@ -110,35 +108,9 @@ def clip_material(dataset: Dataset, num_labels: int, processor, channels: int, *
     return replace(Material.of(first, num_labels, FrameProcessor(processor), channels, **options), images=dataset)
 
 
-def load_video_classifier(
-    name_or_path: str,
-    processor_name: str | None = None,
-    *,
-    revision: str | None = None,
-    base_model: str | None = None,
-    trust: Trust = NO_TRUST,
-) -> tuple[nn.Module, object]:
-    """A classifier of clips and its processor: safetensors only, no remote code, unless `trust` says so.
-
-    The folder of a PEFT adapter gives the model that it sits on (`base_model`, or what its config names; `revision` is
-    of that one) with the adapter merged into it.
-
-    Raises:
-        ValueError: when the model cannot be found or read, is no classifier of clips, or has no processor.
-    """
-    if is_adapter(name_or_path):
-        load = partial(load_video_classifier, processor_name=processor_name, revision=revision)
-        return load_adapted(name_or_path, base_model, load, trust)
-    model = load_model(name_or_path, HEAD, revision=revision, trust=trust)
-    source, revision = (processor_name, None) if processor_name else (name_or_path, revision)
-    try:
-        processor = load_processor("AutoImageProcessor", source, revision=revision, trust=trust)
-    except ValueError as error:
-        raise ValueError(
-            f"{source} has no image processor: set --image_processor_name to a model whose preprocessing is the same. "
-            f"({error})"
-        ) from error
-    return model, processor
+def load_video_classifier(name_or_path: str, processor_name: str | None = None, **options) -> tuple[nn.Module, object]:
+    """A classifier of clips and its processor; options and errors as of `load_with_image_processor`."""
+    return load_with_image_processor(name_or_path, HEAD, processor_name, **options)
 
 
 def match_clips(clips: LabelledClips, model: nn.Module) -> LabelledClips:
