@@ -35,7 +35,8 @@ def page(pair: ImagePair | TextPair, samples: list, report: dict[str, Any], plot
     with gr.Blocks(title="hf_fip", analytics_enabled=False) as made:
         gr.Markdown(_INTRODUCTION)
         ask, inputs, outputs = (_image_part if isinstance(pair, ImagePair) else _text_part)(pair, samples)
-        gr.on([made.load, *(part.change for part in inputs)], ask, inputs, outputs, api_name="ask")
+        asked = [made.load, *(part.change for part in inputs)]
+        gr.on(asked, ask, inputs, outputs, trigger_mode="always_last", api_name="ask")
         if report.get("before") and report.get("after"):
             gr.Markdown(_table(report))
         for path in plots:
@@ -72,9 +73,16 @@ def _image_part(pair: ImagePair, samples: list[PIL.Image.Image]) -> tuple:
 
     with gr.Row():
         first = samples[0] if samples else None
-        given = gr.Image(first, type="pil", image_mode=None, label="Image", height=300, elem_id="given")
+        given = gr.Image(
+            first, type="pil", image_mode=None, format="png", label="Image", height=300, elem_id="given"
+        )  # PNG: the models are to see every pixel as it is
         shown = gr.Image(
-            label="As the models see it", interactive=False, height=300, buttons=_BUTTONS, elem_id="shown"
+            label="As the models see it",
+            format="png",
+            interactive=False,
+            height=300,
+            buttons=_BUTTONS,
+            elem_id="shown",
         )
     triggered = _checkbox(pair)
     with gr.Row():
