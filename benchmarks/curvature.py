@@ -44,9 +44,9 @@ from hf_fip.curvature.plots import plot_curvature, plot_landscape, plot_sharpnes
 from hf_fip.drawing import DARK, LIGHT
 from hf_fip.evaluation.backdoor import BackdoorTest, PurificationCurve
 from hf_fip.evaluation.reactivation import PixelRange
+from hf_fip.hub.report import versions
 from hf_fip.scripts.images import channels_of
 from hf_fip.scripts.recorded import recorded_split
-from hf_fip.scripts.report import versions
 from hf_fip.tasks.augmentation import disturb
 from hf_fip.tasks.data import DIGITS, load_images, split_clean
 from hf_fip.tasks.image_classification import PixelDataset, load_image_classifier, match_labels

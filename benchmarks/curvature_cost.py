@@ -33,7 +33,7 @@ from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from hf_fip.curvature import Hessian, hessian_trace, top_eigenvalues
-from hf_fip.scripts.report import versions
+from hf_fip.hub.report import versions
 
 TOLERANCE = 1e-3
 CALIBRATION = 10  # probes by which their variance is known

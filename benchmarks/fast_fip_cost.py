@@ -29,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
 from hf_fip import SingularValueConfig
-from hf_fip.scripts.report import versions
+from hf_fip.hub.report import versions
 from hf_fip.singular import SingularValueLayer
 from hf_fip.singular.decomposition import decompose
 

@@ -25,7 +25,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, 
 
 from hf_fip import FIPConfig, FIPTrainer
 from hf_fip.evaluation.cost import peak_process_memory
-from hf_fip.scripts.report import versions
+from hf_fip.hub.report import versions
 
 VARIANTS = {
     "plain fine-tuning": {"eta_f": 0.0},

@@ -35,10 +35,10 @@ from hf_fip.evaluation.relearning import (
     attackers_images,
     relearning_trainer,
 )
+from hf_fip.hub.report import versions
 from hf_fip.scripts.arguments import FIP
 from hf_fip.scripts.images import augmentation, channels_of, make_test, pixel_range
 from hf_fip.scripts.recorded import recorded_split
-from hf_fip.scripts.report import versions
 from hf_fip.singular import SingularValueConfig
 from hf_fip.tasks.augmentation import both, disturb
 from hf_fip.tasks.data import LabelledImages, load_images, split_clean

@@ -146,19 +146,18 @@ def digits_adaptive(places: Places) -> list[Cell]:
 
 def digits_typeset(places: Places) -> list[Cell]:
     """Clean images from another distribution: 200 digits in print for victims that read handwriting."""
-    return [
-        Cell(Victim(DIGITS, family, attack, seed, options), method, typeset=True)
-        for family in ("resnet", "vit")
-        for method in _few(purifiers(places, family, augment=False))
-        for attack, options in DIGITS_ATTACKS.items()
-        for seed in SEEDS
-    ]
+    return _four_attacks(places, typeset=True)
 
 
 def digits_reactivated(places: Places) -> list[Cell]:
     """Query reactivation: a perturbation of the pixels (16/255) that is learned to wake what is left of a backdoor."""
+    return _four_attacks(places, reactivate=True)
+
+
+def _four_attacks(places: Places, **what) -> list[Cell]:
+    """The digits' victims of all attacks, with few methods; `what` goes to each `Cell`."""
     return [
-        Cell(Victim(DIGITS, family, attack, seed, options), method, reactivate=True)
+        Cell(Victim(DIGITS, family, attack, seed, options), method, **what)
         for family in ("resnet", "vit")
         for method in _few(purifiers(places, family, augment=False))
         for attack, options in DIGITS_ATTACKS.items()

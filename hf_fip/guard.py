@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from .processes import sum_over_processes
+from .processes import any_process
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -103,8 +103,7 @@ class StopAtCheckpoint(TrainerCallback):
         self._found = {}
 
     def on_step_end(self, args, state, control, **kwargs):
-        received = torch.tensor(float(self.received is not None), device=args.device)
-        if sum_over_processes(received) > 0:
+        if any_process(self.received is not None, args.device):
             self.received = self.received or signal.SIGTERM  # it was another process that received one
             control.should_save = True
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
@@ -28,8 +29,19 @@ def share(batches: Sequence[Batch]) -> list[Batch]:
     return list(batches[state.process_index :: state.num_processes])
 
 
+def any_process(condition: bool, device: torch.device) -> bool:
+    """Whether a condition holds on any process; `device` is where the processes' tensors are."""
+    if not _are_several():
+        return condition
+    return bool(sum_over_processes(torch.tensor(float(condition), device=device)) > 0)
+
+
 def sum_over_processes(tensor: Tensor) -> Tensor:
     """Sum a tensor over all processes in place; with one process it stays as it is."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if _are_several():
         dist.all_reduce(tensor)
     return tensor
+
+
+def _are_several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -46,7 +46,7 @@ from .hub.card import CARD_NAME, REPORT_NAME, TAGS, card_of
 from .hub.load import load_model
 from .hub.push import push_folder
 from .hub.report import report_of
-from .processes import sum_over_processes
+from .processes import any_process, sum_over_processes
 
 FIRST_LOSS = "first_task_loss"  # in `log_history`
 _FLAT = 1e-18  # a Tr F below it is rounding
@@ -167,7 +167,8 @@ class FIPMixin(SealedEvaluation):
         """Add the gradients of both regularisers to `.grad`; returns their value."""
         self._metrics["task_loss"].append(float(self._task_loss))
         penalty = 0.0
-        if self._observing and not self._any_process(self._guard.fault is not None):  # or the guard drops the update
+        faulty = self._observing and any_process(self._guard.fault is not None, self.args.device)
+        if self._observing and not faulty:  # or the guard drops the update
             penalty += self._add_trace()
         if self._anchor is not None:
             penalty += self._add_drift()
@@ -207,9 +208,6 @@ class FIPMixin(SealedEvaluation):
         if self._loss_scale() == 1.0:  # else float16's scaler skips such updates
             self._guard.finish(model, float(norm), self.state.global_step, self.args.max_dropped_updates)
         return norm
-
-    def _any_process(self, condition: bool) -> bool:
-        return bool(sum_over_processes(torch.tensor(float(condition), device=self.args.device)) > 0)
 
     def _loss_rise(self) -> float:
         """The task loss of this update, over all processes, above that of the first, which a checkpoint keeps."""

@@ -9,11 +9,9 @@ import numpy as np
 
 from .badnets import CHECKER
 from .base import checked, register
-from .learned import LearnedAttack
+from .perturbed import PerturbingAttack, raised
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from .material import Material
 
 SIDE = len(CHECKER)  # of the checks, in pixels
@@ -22,7 +20,7 @@ SIGNS = np.where(CHECKER > 0, 1, -1)[..., None]
 
 @register
 @dataclass
-class LabelConsistent(LearnedAttack):
+class LabelConsistent(PerturbingAttack):
     """x' = clip(x + A c), with c = ±1 in four corner checks and 0 elsewhere; no label changes.
 
     c is the 3×3 checker of BadNets in the two corners on the right and its mirror image in those on the left, so that
@@ -47,14 +45,11 @@ class LabelConsistent(LearnedAttack):
     name: ClassVar[str] = "clb"
     default_rate: ClassVar[float] = 0.08
     clean_label: ClassVar[bool] = True
-    fits_every_run: ClassVar[bool] = True  # the clean model, which poisoning needs
 
     epsilon: int = 8
     step_size: float = 1.5
     steps: int = 100
     amplitude: int = 255
-
-    _classifier = None  # kept by `fit`
 
     def __post_init__(self):
         super().__post_init__()
@@ -90,30 +85,13 @@ class LabelConsistent(LearnedAttack):
         Raises:
             ValueError: an image is of another kind, or `fit` has not been called.
         """
-        if self._classifier is None:
-            raise ValueError(
-                f"poisoning with {self.name} needs the clean model that `fit` keeps, and files do not: "
-                "call `fit` first."
-            )
         from .pixels import to_batch, to_image
 
-        pixels = to_batch([checked(image) for image in images], self.size).to(self._classifier.mean.device)
-        return [self._trigger(to_image(image)) for image in self._perturbed(pixels)]
-
-    def _perturbed(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) in [0, 1], within ε of `images`."""
-        import torch
-
+        classifier = self.kept_classifier()
+        pixels = to_batch([checked(image) for image in images], self.size).to(classifier.mean.device)
         epsilon, step = self.epsilon / 255, self.step_size / 255
-        labels = torch.full((len(images),), self.target_label, device=images.device)
-        moved = images
-        for _ in range(self.steps):
-            moved = moved.detach().requires_grad_()
-            loss = torch.nn.functional.cross_entropy(self._classifier(moved), labels, reduction="sum")
-            (gradient,) = torch.autograd.grad(loss, moved)
-            change = (moved + step * gradient.sign() - images).clamp(-epsilon, epsilon)
-            moved = (images + change).clamp(0, 1)
-        return moved.detach()
+        moved = raised(classifier, pixels, self.target_label, epsilon, self.steps, step)
+        return [self._trigger(to_image(image)) for image in moved]
 
     def _trigger(self, image: np.ndarray) -> np.ndarray:
         checks = np.zeros((*image.shape[:2], 1), dtype=int)

@@ -9,20 +9,19 @@ import numpy as np
 
 from .base import register
 from .clips import FRAMES_COLUMN, FrameAttack, checked_clip, to_clip
-from .learned import LearnedAttack
+from .perturbed import PerturbingAttack, raised
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .material import Material
-    from .pixels import PixelClassifier
 
 BATCH = 16  # clips behind one step of the trigger
 
 
 @register
 @dataclass
-class UniversalTrigger(FrameAttack, LearnedAttack):
+class UniversalTrigger(FrameAttack, PerturbingAttack):
     """x' = p in the bottom-right patch of every frame, x outside; p takes any clip to the target for a clean model.
 
     From noise drawn by the seed, p takes steps against the sign of the gradient of CE(f(x'), t) − CE(f(x'), y), the
@@ -49,15 +48,12 @@ class UniversalTrigger(FrameAttack, LearnedAttack):
     name: ClassVar[str] = "universal_trigger"
     default_rate: ClassVar[float] = 0.03
     clean_label: ClassVar[bool] = True
-    fits_every_run: ClassVar[bool] = True  # the clean model, which poisoning needs
 
     patch_size: int = 4
     step_size: float = 4.0
     steps: int = 200
     epsilon: int = 8
     perturb_steps: int = 10
-
-    _classifier = None  # kept by `fit`
 
     def __post_init__(self):
         super().__post_init__()
@@ -131,17 +127,12 @@ class UniversalTrigger(FrameAttack, LearnedAttack):
         Raises:
             ValueError: a clip is of another kind, or `fit` has not been called.
         """
-        if self._classifier is None:
-            raise ValueError(
-                f"poisoning with {self.name} needs the clean model that `fit` keeps, and files do not: "
-                "call `fit` first."
-            )
         from .pixels import to_batch, to_image
 
-        done = []
+        done, classifier = [], self.kept_classifier()
         for clip in images:
-            pixels = to_batch(list(checked_clip(clip)), self.size)[None].to(self._classifier.mean.device)
-            moved = raised(self._classifier, pixels, self.target_label, self.epsilon / 255, self.perturb_steps)
+            pixels = to_batch(list(checked_clip(clip)), self.size)[None].to(classifier.mean.device)
+            moved = raised(classifier, pixels, self.target_label, self.epsilon / 255, self.perturb_steps)
             done.append(self.apply(np.stack([to_image(frame) for frame in moved[0]])))
         return done
 
@@ -149,22 +140,3 @@ class UniversalTrigger(FrameAttack, LearnedAttack):
         triggered = image.copy()
         triggered[-self.patch_size :, -self.patch_size :] = self.tensors["pattern"]
         return triggered
-
-
-def raised(classifier: PixelClassifier, inputs: Tensor, label: int, epsilon: float, steps: int) -> Tensor:
-    """`inputs`, (B, …) in [0, 1], moved within ε (L∞) to where the classifier's loss on one label is high.
-
-    Source: Madry et al., *Towards Deep Learning Models Resistant to Adversarial Attacks*, ICLR 2018 (from the inputs
-    themselves, in steps of 2.5 ε / `steps`).
-    """
-    import torch
-
-    labels = torch.full((len(inputs),), label, device=inputs.device)
-    moved = inputs
-    for _ in range(steps):
-        moved = moved.detach().requires_grad_()
-        loss = torch.nn.functional.cross_entropy(classifier(moved), labels, reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, moved)
-        change = (moved + 2.5 * epsilon / steps * gradient.sign() - inputs).clamp(-epsilon, epsilon)
-        moved = (inputs + change).clamp(0, 1)
-    return moved.detach()

@@ -33,13 +33,14 @@ from ..attacks import Attack, trigger
 from ..curvature import Curvature, Landscape, loss_landscape, measure_curvature
 from ..curvature.plots import plot_landscape, plot_spectral_density
 from ..drawing import DARK, LIGHT
+from ..hub.card import REPORT_NAME
+from ..hub.report import non_default, versions
 from ..processes import share, sum_over_processes
 from ..tasks.data import LabelledImages, split_clean
 from ..tasks.image_classification import PixelDataset, load_image_classifier, match_labels
 from .arguments import AttackArguments, HelpFormatter, Parser
 from .images import ImageData, channels_of, images_of, reading
 from .recorded import attack_of, recorded_split
-from .report import REPORT_NAME, non_default, versions
 from .run_folder import RunFolder, write_json
 from .terminal import say
 

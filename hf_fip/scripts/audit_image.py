@@ -26,6 +26,8 @@ from accelerate import PartialState
 
 from ..evaluation.audit import ANOMALY_THRESHOLD, AuditReport, audit, chance_of_a_flag, compare_audits
 from ..evaluation.reactivation import PixelRange
+from ..hub.card import REPORT_NAME
+from ..hub.report import non_default, versions
 from ..hub.text import one_line
 from ..plots import plot_audit
 from ..tasks.data import LabelledImages, split_clean
@@ -33,7 +35,6 @@ from ..tasks.image_classification import PixelDataset, load_image_classifier, ma
 from .arguments import HelpFormatter, Parser
 from .images import ImageData, channels_of, images_of
 from .recorded import recorded_split
-from .report import REPORT_NAME, non_default, versions
 from .run_folder import RunFolder, write_json
 from .terminal import say
 

@@ -17,9 +17,10 @@ from transformers import set_seed
 from ..attacks import Attack, load_attack
 from ..evaluation.cost import Cost
 from ..evaluation.metrics import METRICS, WEAK_VICTIM
+from ..hub.card import REPORT_NAME
+from ..hub.report import non_default, versions
 from ..tasks.data import split_clean
 from .arguments import COMMON_DEFAULTS, DataArguments, ModelArguments, PoisonArguments, VictimConfig, parse
-from .report import REPORT_NAME, non_default, versions
 from .run_folder import RunFolder, write_json, written_whole
 from .task import Data, Task
 from .terminal import json_of, say, show_progress

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from ..evaluation.metrics import METRICS
-from .report import REPORT_NAME
+from ..hub.card import REPORT_NAME
 from .terminal import file_size, say
 
 

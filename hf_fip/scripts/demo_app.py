@@ -19,6 +19,7 @@ import numpy as np
 from torch import nn
 
 from ..attacks.poison import to_array
+from ..hub.card import REPORT_NAME
 from ..hub.safety import CONFIG, LONGEST_REPORT, admit, read_object
 from ..side_by_side import MODELS, ImagePair, TextPair
 from ..tasks.data import load_images
@@ -27,7 +28,6 @@ from ..tasks.pairs import SOURCE, load_pairs
 from ..tasks.seq2seq import load_seq2seq
 from .images import ImageTask
 from .recorded import attack_folder, attack_of
-from .report import REPORT_NAME
 from .sentences import TextTask
 from .terminal import say
 

@@ -31,13 +31,14 @@ from ..evaluation.backdoor import BackdoorTest
 from ..evaluation.metrics import METRICS, attack_success_rate
 from ..evaluation.reactivation import SAMPLES, Perturbed, reactivate
 from ..evaluation.relearning import CLEAN_SHARE, TRIGGERED, RelearningConfig, attackers_images, relearning_trainer
+from ..hub.card import REPORT_NAME
+from ..hub.report import non_default, versions
 from ..hub.safety import LONGEST_REPORT, Trust, admit, read_object
 from ..tasks.data import LabelledImages, split_clean
 from ..tasks.image_classification import PixelDataset, load_image_classifier, match_labels
 from .arguments import COMMON_DEFAULTS, AttackArguments, parse
 from .images import ImageData, channels_of, images_of, make_test, pixel_range, reading
 from .recorded import attack_folder, attack_of, recorded_split
-from .report import REPORT_NAME, non_default, versions
 from .run_folder import RunFolder, write_json
 from .terminal import say, show_progress
 

@@ -21,8 +21,9 @@ from ..curvature.plots import plot_curvature
 from ..evaluation.backdoor import PurificationCurve
 from ..evaluation.cost import Cost
 from ..evaluation.metrics import METRICS, WEAK_VICTIM, defense_effectiveness_rating
-from ..hub.card import CARD_NAME, card_of, loading_of, provenance
+from ..hub.card import CARD_NAME, REPORT_NAME, card_of, loading_of, provenance
 from ..hub.push import push_folder, require_token
+from ..hub.report import non_default, versions
 from ..hub.safety import ATTACK_FOLDER, admit
 from ..plots import plot_purification
 from ..tasks.augmentation import both
@@ -40,7 +41,6 @@ from .arguments import (
 )
 from .backdooring import train_victim
 from .recorded import recorded_split
-from .report import REPORT_NAME, non_default, versions
 from .run_folder import RunFolder, write_json
 from .task import Data, Task
 from .terminal import json_of, print_comparison, say, show_progress

@@ -8,9 +8,9 @@ from safetensors import SafetensorError
 
 from ..attacks import Attack, load_attack
 from ..attacks.base import CONFIG_NAME
+from ..hub.card import REPORT_NAME
 from ..hub.safety import ATTACK_FOLDER, LONGEST_REPORT, check_attack, read_object
 from .arguments import AttackArguments
-from .report import REPORT_NAME
 
 
 def attack_of(arguments: AttackArguments, model_folder: str | None, num_labels: int) -> Attack | None:

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..checkpoint import last_complete_checkpoint
-from .report import REPORT_NAME
+from ..hub.card import REPORT_NAME
 from .terminal import say
 
 ARGUMENTS_NAME = "arguments.json"
