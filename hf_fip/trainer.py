@@ -12,19 +12,15 @@ an update, it does not depend on how the batch is split.
 from __future__ import annotations
 
 import copy
-import functools
-import json
 import math
 import os
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import DynamoBackend
-from huggingface_hub import HfApi
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader, Subset
@@ -42,10 +38,8 @@ from .fisher.passes import RandomState, preserved_buffers
 from .fisher.scores import trainable_parameters
 from .fisher.trace import TraceEstimator
 from .guard import StopAtCheckpoint, UpdateGuard
-from .hub.card import CARD_NAME, REPORT_NAME, TAGS, card_of
 from .hub.load import load_model
-from .hub.push import push_folder
-from .hub.report import report_of
+from .hub.publishing import Publishing
 from .processes import any_process, sum_over_processes
 
 FIRST_LOSS = "first_task_loss"  # in `log_history`
@@ -61,7 +55,7 @@ class _LiftShifts(TrainerCallback):
                 module.lift()
 
 
-class FIPMixin(SealedEvaluation):
+class FIPMixin(SealedEvaluation, Publishing):
     """What turns a Hugging Face trainer into a FIP trainer. See `FIPTrainer` for the arguments."""
 
     _config_class: type
@@ -93,7 +87,6 @@ class FIPMixin(SealedEvaluation):
             model = get_peft_model(model, copy.deepcopy(peft_config))  # PEFT writes what it found into it
         self._likelihood = likelihood
         self._train_transform = train_transform
-        self.evaluations: list[dict[str, float]] = []
         self._is_set_up = False  # at the first step of each `train`
         self._trace: TraceEstimator | None = None
         self._anchor: Anchor | None = None
@@ -364,67 +357,6 @@ class FIPMixin(SealedEvaluation):
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()  # every process has written its own
 
-    # ---- The card, and the Hub ----
-
-    def create_model_card(
-        self, language: str | None = None, license: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """Write README.md to the output folder: what was purified, how, and what was measured (`hf_fip.hub.card`).
-
-        What the trainer logged goes into `report.json` beside it, which the card then says.
-        """
-        if not self.is_world_process_zero():
-            return
-        folder = Path(self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        tags = [tags] if isinstance(tags, str) else tags or []
-        said = {"language": language, "license": license, "tags": tags and [*TAGS, *tags]}
-        report = report_of(self, {key: value for key, value in said.items() if value})
-        (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        card_of(folder).save(folder / CARD_NAME)
-
-    def push_to_hub(
-        self,
-        commit_message: str = "Purified by hf_fip",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        create_pr: bool = False,
-        base_model: str | None = None,
-        **card,
-    ):
-        """Save the model or adapter and push it with its card, in one commit; gives the commit's address.
-
-        Args:
-            blocking: wait for it; otherwise a `Future` is returned.
-            token, revision, private: by default `hub_token`, `hub_revision` and `hub_private_repo` of the arguments.
-            create_pr: open a pull request in place of a commit.
-            base_model: Hub id of the received model, for an adapter on a model that was loaded from elsewhere.
-            card: as in `create_model_card`.
-
-        Raises:
-            ValueError: the Hub refused. What was saved is whole, and can be pushed again.
-        """
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        self.create_model_card(**card)
-        self._finish_current_push()
-        args = self.args
-        push = functools.partial(
-            push_folder,
-            args.output_dir,
-            args.hub_model_id or Path(args.output_dir).absolute().name,
-            token=token or args.hub_token,
-            private=args.hub_private_repo if private is None else private,
-            revision=revision or args.hub_revision,
-            create_pr=create_pr,
-            message=commit_message,
-            base_model=base_model,
-        )
-        return push() if blocking else HfApi().run_as_future(push)
-
     # ---- Logging ----
 
     def log(self, logs: dict[str, float], *positional, **kwargs) -> None:
@@ -441,8 +373,6 @@ class FIPMixin(SealedEvaluation):
             self._metrics.clear()
             if self._guard.dropped:
                 logs["dropped_updates"] = self._guard.dropped
-        if any(key.startswith("eval_") for key in logs):
-            self.evaluations.append(logs)  # `train` begins its log anew; the card tells what was before
         super().log(logs, *positional, **kwargs)
 
 
