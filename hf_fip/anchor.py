@@ -12,12 +12,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .fisher.sharded import is_sharded, whole
+
 ANCHOR_NAME = "fip_anchor.safetensors"
+SHARDED_ANCHOR_NAME = "fip_anchor_sharded"  # a folder, written by all processes
 
 
 @dataclass(frozen=True)
 class Anchor:
-    """The received weights θ̄ and the diagonal F̄ of the Fisher there, by parameter name. Neither ever changes."""
+    """The received weights θ̄ and the diagonal F̄ of the Fisher there, by parameter name. Neither ever changes.
+
+    Both are sharded as the parameters are.
+    """
 
     received: dict[str, Tensor]
     diagonal: dict[str, Tensor]
@@ -35,30 +41,57 @@ class Anchor:
             )
         moved = parameter.detach() - self.received[name]
         gradient = self.diagonal[name] * moved
-        return 0.5 * (gradient * moved).sum(), gradient
+        return whole(0.5 * (gradient * moved).sum()), gradient
 
-    def save(self, folder: str) -> None:
-        """Write both to `folder`, which is made when it is not there."""
-        os.makedirs(folder, exist_ok=True)
-        tensors = {f"received.{name}": tensor.contiguous() for name, tensor in self.received.items()}
-        tensors |= {f"diagonal.{name}": tensor.contiguous() for name, tensor in self.diagonal.items()}
-        save_file(tensors, os.path.join(folder, ANCHOR_NAME))
+    def save(self, folder: str, write: bool) -> None:
+        """Write both to `folder`, which is made when it is not there. To be called on all processes.
+
+        Args:
+            folder: a checkpoint's.
+            write: whether this process writes what is the same on all of them.
+        """
+        if any(map(is_sharded, self.received.values())):
+            from torch.distributed import checkpoint  # heavy
+
+            checkpoint.save(_flat(self), checkpoint_id=os.path.join(folder, SHARDED_ANCHOR_NAME))
+        elif write:
+            os.makedirs(folder, exist_ok=True)
+            save_file(_flat(self), os.path.join(folder, ANCHOR_NAME))
 
     @classmethod
-    def load(cls, folder: str, device: torch.device) -> Anchor:
-        """What `save` wrote.
+    def load(cls, folder: str, parameters: dict[str, Tensor]) -> Anchor:
+        """What `save` wrote, for the parameters of these names: on their devices, and sharded as they are.
 
         Raises:
-            ValueError: when the folder has no such file.
+            ValueError: when the folder has no such file, or one that was written with another sharding.
         """
-        path = os.path.join(folder, ANCHOR_NAME)
-        if not os.path.isfile(path):
-            raise ValueError(
-                f"{folder} has no {ANCHOR_NAME}, so the received weights are not known: it was written with eta_r=0 "
-                "or save_only_model=True. Resume with eta_r=0, or start anew."
-            )
+        check_anchor(folder)
+        sharded = any(map(is_sharded, parameters.values()))
+        if sharded != os.path.isdir(os.path.join(folder, SHARDED_ANCHOR_NAME)):
+            raise ValueError(f"{folder} was written {'without' if sharded else 'with'} FSDP: resume it likewise.")
+        if sharded:
+            from torch.distributed import checkpoint  # heavy
+
+            anchor = cls(*({name: torch.zeros_like(p.detach()) for name, p in parameters.items()} for _ in range(2)))
+            checkpoint.load(_flat(anchor), checkpoint_id=os.path.join(folder, SHARDED_ANCHOR_NAME))
+            return anchor
+        device = next(iter(parameters.values())).device
         groups: dict[str, dict[str, Tensor]] = {"received": {}, "diagonal": {}}
-        for key, tensor in load_file(path).items():
+        for key, tensor in load_file(os.path.join(folder, ANCHOR_NAME)).items():
             group, _, name = key.partition(".")
             groups[group][name] = tensor.to(device)
         return cls(**groups)
+
+
+def _flat(anchor: Anchor) -> dict[str, Tensor]:
+    groups = {"received": anchor.received, "diagonal": anchor.diagonal}
+    return {f"{group}.{name}": t.contiguous() for group, named in groups.items() for name, t in named.items()}
+
+
+def check_anchor(folder: str) -> None:
+    """Raise a ValueError when a checkpoint does not have the received weights."""
+    if not any(os.path.exists(os.path.join(folder, name)) for name in (ANCHOR_NAME, SHARDED_ANCHOR_NAME)):
+        raise ValueError(
+            f"{folder} has no {ANCHOR_NAME}, so the received weights are not known: it was written with eta_r=0 "
+            "or save_only_model=True. Resume with eta_r=0, or start anew."
+        )

@@ -4,34 +4,51 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
+import logging
 import os
+import zlib
 from pathlib import Path
+from pickle import UnpicklingError
 from zipfile import is_zipfile
 
 import torch
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import sort_checkpoints
 
 TRAINER_STATE_NAME = "trainer_state.json"
+CHECKSUMS_NAME = "fip_checksums.json"
+
+logger = logging.getLogger(__name__)
 
 
 def last_complete_checkpoint(output_dir: str) -> str | None:
-    """The newest checkpoint in a folder that was written to its end; None when there is none.
+    """The newest checkpoint in a folder that is whole; None when there is none.
 
-    A half-written one (a kill, a full disk) is passed over.
+    Later ones that are not (a kill, a full disk, a fault of the disk) are passed over, with a warning.
     """
-    if not os.path.isdir(output_dir):
-        return None
-    return next((folder for folder in reversed(sort_checkpoints(output_dir)) if is_complete(folder)), None)
+    passed_over = []
+    for folder in reversed(sort_checkpoints(output_dir) if os.path.isdir(output_dir) else []):
+        if is_complete(folder):
+            break
+        passed_over.append(os.path.basename(folder))
+    else:
+        folder = None
+    if passed_over:
+        where = f"the last one that is whole is {os.path.basename(folder)}" if folder else "there is no other"
+        logger.warning_once(f"{output_dir}: {', '.join(passed_over)} is half-written or damaged; {where}.")
+    return folder
 
 
 def is_complete(checkpoint: str) -> bool:
-    """Whether a checkpoint has its weights and its state, and no file of it is cut off.
+    """Whether a checkpoint has its weights and its state, no file of it is cut off, and none was changed since.
 
-    `FIPTrainer` writes the state after everything else, so a run killed while it wrote leaves none, or half of one.
-    Only the beginnings and ends of large files are read.
+    `FIPTrainer` writes the state after everything else, so a run killed while it wrote leaves none, or half of one;
+    and then checksums. Of a checkpoint without those, such as the `Trainer`'s, only the beginnings and ends of large
+    files are read.
     """
     files = [path for path in Path(checkpoint).rglob("*") if path.is_file()]
     try:
@@ -40,11 +57,55 @@ def is_complete(checkpoint: str) -> bool:
             if path.suffix == ".safetensors":
                 with safe_open(path, "pt"):  # raises unless the file is as long as its header says
                     pass
-            elif path.suffix in (".pt", ".pth") and not is_zipfile(path):  # a zip file's directory is at its end
+            elif path.suffix in (".pt", ".pth", ".bin") and not is_zipfile(path):  # whose directory is at its end
                 return False
-    except (OSError, ValueError, TypeError, SafetensorError):
+        for name, checksum in _checksums(checkpoint).items():
+            if _checksum(Path(checkpoint, name)) != checksum:
+                return False
+        if not all(_is_whole(folder) for folder in Path(checkpoint).iterdir() if folder.is_dir()):
+            return False
+    except (OSError, ValueError, TypeError, SafetensorError, EOFError, UnpicklingError):
         return False
-    return any(path.match("*model*.safetensors") or path.match("pytorch_model*.bin") for path in files)
+    return any(path.match("*model*.safetensors") or "pytorch_model" in str(path) for path in files)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether all that processes wrote together to a folder is there, or the folder is an adapter's."""
+    if (folder / ADAPTER_CONFIG_NAME).is_file():
+        return True
+    from torch.distributed.checkpoint import FileSystemReader  # heavy
+
+    pieces = FileSystemReader(folder).read_metadata().storage_data.values()
+    ends = [(folder / piece.relative_path, piece.offset + piece.length) for piece in pieces]
+    return bool(ends) and all(path.stat().st_size >= end for path, end in ends)
+
+
+def seal(checkpoint: str) -> None:
+    """Write the checksums of all files of a checkpoint beside them."""
+    folder = Path(checkpoint)
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.match(f"{CHECKSUMS_NAME}*")]
+    partial = folder / f"{CHECKSUMS_NAME}.tmp"
+    partial.write_text(json.dumps({path.relative_to(folder).as_posix(): _checksum(path) for path in files}))
+    os.replace(partial, folder / CHECKSUMS_NAME)
+
+
+def unseal(checkpoint: str) -> None:
+    """Make sure that a checkpoint which is about to be written over is not taken for whole."""
+    for name in (TRAINER_STATE_NAME, CHECKSUMS_NAME):
+        Path(checkpoint, name).unlink(missing_ok=True)
+
+
+def _checksums(checkpoint: str) -> dict[str, int]:
+    path = Path(checkpoint, CHECKSUMS_NAME)
+    return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
 
 
 def load_weights(model: PreTrainedModel, checkpoint: str) -> None:

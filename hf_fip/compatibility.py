@@ -27,6 +27,7 @@ def check_arguments(model: nn.Module, args: FIPArguments, likelihood: Likelihood
     if args.eta_f == 0 and args.eta_r == 0:
         return
     _check_devices(model, args)
+    _check_sharding(args)
     trainable_parameters(model)
     likelihood = likelihood or infer_likelihood(model)
     if args.eta_f > 0:
@@ -59,11 +60,12 @@ def check_dataset(dataset, args: FIPArguments) -> None:
 
 
 def _check_devices(model: nn.Module, args: FIPArguments) -> None:
-    """One whole model a process, and `.grad` as the place where gradients are collected."""
-    if args.fsdp or _is_set("ACCELERATE_USE_FSDP"):
-        raise ValueError("FSDP is not supported yet: sharded parameters would get no trace gradient. Use DDP.")
-    if args.deepspeed or _is_set("ACCELERATE_USE_DEEPSPEED"):
-        raise ValueError("DeepSpeed is not supported: it owns the backward pass. Use DDP.")
+    """One model a process, and `.grad` as the place where gradients are collected."""
+    if args.deepspeed or is_set("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError(
+            "DeepSpeed is not supported: it owns the backward pass, and neither gives the gradient of another "
+            "likelihood nor takes one that is added. Use FSDP2 or DDP."
+        )
     devices = set((getattr(model, "hf_device_map", None) or {}).values()) - {"cpu", "disk"}
     if len(devices) > 1 or getattr(model, "is_distributed_loading_by_transformers", False):
         raise ValueError("A model spread over several devices is not supported: load it on one, and use DDP.")
@@ -72,13 +74,32 @@ def _check_devices(model: nn.Module, args: FIPArguments) -> None:
             f"{args.n_gpu} GPUs in one process (DataParallel) are not supported: start one process a GPU with "
             "`accelerate launch`, or set CUDA_VISIBLE_DEVICES to one of them."
         )
-    if args.parallelism_config is not None or _is_set("ACCELERATE_USE_PARALLELISM_CONFIG"):
+    if args.parallelism_config is not None or is_set("ACCELERATE_USE_PARALLELISM_CONFIG"):
         raise ValueError("Tensor, context and sequence parallelism are not supported: use DDP.")
     optimizer = OptimizerNames(args.optim).value
     if "layerwise" in optimizer or "lomo" in optimizer:
         raise ValueError(
             f"optim={optimizer!r} steps during the backward pass, before the penalties are there: use another one."
         )
+
+
+def _check_sharding(args: FIPArguments) -> None:
+    """FSDP keeps the gradients of its shards, without a graph."""
+    if not (args.fsdp or is_set("ACCELERATE_USE_FSDP")):
+        return
+    version = (args.fsdp_config or {}).get("version", 2) if args.fsdp else os.environ.get("FSDP_VERSION", "1")
+    if int(version) != 2:
+        raise ValueError("FSDP1 flattens the parameters, and gradients have no place there: set fsdp_version to 2.")
+    given = (args.fsdp_config or {}).get("cpu_ram_efficient_loading", "false")
+    if str(given).lower() == "true" or is_set("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading leaves all processes but one without weights: set it to false (each reads "
+            "the model, and keeps its shard)."
+        )
+    if args.torch_compile:
+        raise ValueError("torch_compile together with FSDP is not supported: leave one of them out.")
+    if args.eta_r > 0 and args.fp16:
+        raise ValueError("fp16 with FSDP would round the squares of diag F̄ to zero: use bf16, or set eta_r=0.")
 
 
 def _check_passes(args: FIPArguments) -> None:
@@ -116,5 +137,6 @@ def _check_kernels(model: nn.Module, args: FIPArguments) -> None:
         )
 
 
-def _is_set(variable: str) -> bool:
+def is_set(variable: str) -> bool:
+    """Whether a launcher switched something on by an environment variable."""
     return os.environ.get(variable, "false").lower() in ("true", "1")

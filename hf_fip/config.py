@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from .fisher.trace import ESTIMATORS, GRADIENTS, LABELS, check_choice
+from .processes import are_on_cpu
 
 TRACE_FORMS = ("log_trace", "trace")
 SCHEDULES = ("linear", "constant", "cosine")
@@ -138,6 +139,7 @@ class FIPArguments:
     def __post_init__(self):
         if self.optim == "sgd" and self.optim_args is None:
             self.optim_args = "momentum=0.9"
+        self.use_cpu = self.use_cpu or are_on_cpu()
         super().__post_init__()
         if self.trace_epsilon is None:
             self.trace_epsilon = 0.01 if self.bf16 or self.fp16 else 0.001

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,14 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from .fisher.scores import Batch
+
+
+def are_on_cpu() -> bool:
+    """Whether a launcher started several processes where there is no accelerator.
+
+    Accelerate has to be told (`use_cpu`, `PartialState(cpu=True)`), or each of them works by itself.
+    """
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
 
 
 def share(batches: Sequence[Batch]) -> list[Batch]:

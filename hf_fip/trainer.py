@@ -27,13 +27,14 @@ from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .anchor import Anchor
-from .checkpoint import TRAINER_STATE_NAME, last_complete_checkpoint, load_weights
+from .anchor import Anchor, check_anchor
+from .checkpoint import last_complete_checkpoint, load_weights, seal, unseal
+from .collapse import CollapseGuard
 from .compatibility import check_arguments, check_dataset, make_trace
 from .config import FIPArguments, FIPConfig, FIPSeq2SeqConfig
 from .evaluation.sealed import SealedEvaluation
 from .fisher.diagonal import fisher_diagonal
-from .fisher.likelihood import Likelihood, infer_likelihood
+from .fisher.likelihood import Categorical, Likelihood, infer_likelihood
 from .fisher.passes import RandomState, preserved_buffers
 from .fisher.scores import trainable_parameters
 from .fisher.trace import TraceEstimator
@@ -41,6 +42,7 @@ from .guard import StopAtCheckpoint, UpdateGuard
 from .hub.load import load_model
 from .hub.publishing import Publishing
 from .processes import any_process, sum_over_processes
+from .sharding import ShardedTraining
 
 FIRST_LOSS = "first_task_loss"  # in `log_history`
 _FLAT = 1e-18  # a Tr F below it is rounding
@@ -55,7 +57,7 @@ class _LiftShifts(TrainerCallback):
                 module.lift()
 
 
-class FIPMixin(SealedEvaluation, Publishing):
+class FIPMixin(SealedEvaluation, Publishing, ShardedTraining):
     """What turns a Hugging Face trainer into a FIP trainer. See `FIPTrainer` for the arguments."""
 
     _config_class: type
@@ -91,7 +93,7 @@ class FIPMixin(SealedEvaluation, Publishing):
         self._trace: TraceEstimator | None = None
         self._anchor: Anchor | None = None
         self._first_loss: float | None = None
-        self._guard, self._signals = UpdateGuard(), StopAtCheckpoint()
+        self._guard, self._signals, self._collapse = UpdateGuard(), StopAtCheckpoint(), CollapseGuard()
         self._in_update = False
         self._observing = False
         self._metrics: dict[str, list[float]] = defaultdict(list)
@@ -102,6 +104,7 @@ class FIPMixin(SealedEvaluation, Publishing):
             check_dataset(train_dataset, args)
         super().__init__(model, args, data_collator, train_dataset, *positional, **kwargs)
         self.add_callback(_LiftShifts())
+        self.add_callback(self._collapse)
         self.add_callback(self._signals)
 
     # ---- One update ----
@@ -123,21 +126,25 @@ class FIPMixin(SealedEvaluation, Publishing):
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if not self._observing or not (model.training and torch.is_grad_enabled()):
+        watching = self._observing or self._collapse.watching
+        if not watching or not (model.training and torch.is_grad_enabled()):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch = dict(inputs)  # the Trainer may take the labels out
         random_state = RandomState.capture(self.args.device)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if torch.isfinite(loss):  # no labels can be drawn from NaN; `_add_trace` leaves this update out
+        if self._observing and torch.isfinite(loss):  # no labels can be drawn from NaN; `_add_trace` leaves it out
             self._observe(batch, outputs, random_state)
+        if self._collapse.watching:
+            self._collapse.see(self._trace.likelihood.logits(outputs), batch[self._trace.label_name])
         return (loss, outputs) if return_outputs else loss
 
     def _begin_update(self) -> None:
         """Decide whether the trace is due, and seed this update's draws: the same after a resume."""
         self._in_update = True
         self._task_loss = 0.0
-        self._guard.begin(self.model)
         step = self.state.global_step
+        self._guard.begin(self.model)
+        self._collapse.begin_update(self.model, step)
         self._observing = self._trace is not None and step % self.args.trace_interval == 0
         if self._observing:
             self._trace.reset()
@@ -234,10 +241,10 @@ class FIPMixin(SealedEvaluation, Publishing):
                 parameter.grad.add_(extra, alpha=weight)
 
     def current_eta_f(self) -> float:
-        """η_F at the present update, by `eta_f_schedule`."""
+        """η_F at the present update, by `eta_f_schedule`, and less after a collapse."""
         progress = self.state.global_step / max(1, self.state.max_steps)
         shape = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
-        return self.args.eta_f * shape[self.args.eta_f_schedule]
+        return self.args.eta_f * shape[self.args.eta_f_schedule] * self._collapse.factor
 
     def _loss_scale(self) -> float:
         scaler = getattr(self.accelerator, "scaler", None)
@@ -268,8 +275,10 @@ class FIPMixin(SealedEvaluation, Publishing):
         self._is_set_up = False
         self._trace = self._anchor = self._first_loss = None
         if resume_from_checkpoint and self.args.eta_r > 0:
-            self._anchor = Anchor.load(resume_from_checkpoint, self.args.device)
+            check_anchor(resume_from_checkpoint)
+        self._resumed_from = resume_from_checkpoint or None
         self._guard = UpdateGuard()
+        self._collapse.begin_run(self.args, resume_from_checkpoint or None)
         with self._signals.listening():
             return super().train(resume_from_checkpoint, *positional, **kwargs)
 
@@ -301,8 +310,12 @@ class FIPMixin(SealedEvaluation, Publishing):
         label_name = self.label_names[0] if self.label_names else "labels"
         if self.args.eta_f > 0:
             self._trace = make_trace(model, self.args, likelihood, label_name=label_name, reduce=sum_over_processes)
+            self._collapse.watching = isinstance(likelihood, Categorical)
         if self.args.eta_r > 0 and self._anchor is None:
-            self._anchor = self._make_anchor(model, likelihood, label_name)
+            if self._resumed_from:
+                self._anchor = Anchor.load(self._resumed_from, trainable_parameters(model))
+            else:
+                self._anchor = self._make_anchor(model, likelihood, label_name)
 
     def _make_anchor(self, model: nn.Module, likelihood: Likelihood, label_name: str) -> Anchor:
         """θ̄ and diag F̄, from the training data as they are: without augmentation, in eval mode, each sample once."""
@@ -329,29 +342,32 @@ class FIPMixin(SealedEvaluation, Publishing):
         received = {name: p.detach().clone() for name, p in trainable_parameters(model).items()}
         return Anchor(received, diagonal)
 
-    # ---- Checkpoints: `trainer_state.json` is the last file written, so one that has it is whole ----
+    # ---- Checkpoints: `trainer_state.json` is written last, so one that has it is whole; then the checksums ----
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if isinstance(self.model, PreTrainedModel):
+        if isinstance(self.model, PreTrainedModel) and not self.is_fsdp_enabled:
             load_weights(self.model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self):
-        if isinstance(self.model, PreTrainedModel):
+        if isinstance(self.model, PreTrainedModel) and not self.is_fsdp_enabled:
             load_weights(self.model, self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
 
     def _save_checkpoint(self, model, trial):
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder = os.path.join(self._get_output_dir(trial=trial), name)
         if self.args.should_save:
-            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            folder = os.path.join(self._get_output_dir(trial=trial), name)
-            if os.path.isfile(os.path.join(folder, TRAINER_STATE_NAME)):  # of an earlier run
-                os.remove(os.path.join(folder, TRAINER_STATE_NAME))
-            if self._anchor is not None and not self.args.save_only_model:
-                self._anchor.save(folder)
+            unseal(folder)  # of an earlier run
+        if self._anchor is not None and not self.args.save_only_model:
+            self._anchor.save(folder, write=self.args.should_save)
+        if self._collapse.watching and not self.args.save_only_model:
+            self._collapse.save(self.args, folder)
         super()._save_checkpoint(model, trial)
+        if self.args.should_save and os.path.isdir(folder):  # not that `save_total_limit` has removed it
+            seal(folder)
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
@@ -373,6 +389,8 @@ class FIPMixin(SealedEvaluation, Publishing):
             self._metrics.clear()
             if self._guard.dropped:
                 logs["dropped_updates"] = self._guard.dropped
+        if self._collapse.collapses and not logs.keys().isdisjoint(("loss", "train_loss")):
+            logs = {**logs, "collapses": self._collapse.collapses}
         super().log(logs, *positional, **kwargs)
 
 

@@ -386,7 +386,7 @@ def test_nothing_is_reported_elsewhere_by_default(tmp_path):
     trainer = image_trainer(tmp_path, vit(), **BOTH)
     assert trainer.args.report_to == []
     names = {type(callback).__name__ for callback in trainer.callback_handler.callbacks}
-    assert names == {"DefaultFlowCallback", "PrinterCallback", "StopAtCheckpoint", "_LiftShifts"}
+    assert names == {"DefaultFlowCallback", "PrinterCallback", "CollapseGuard", "StopAtCheckpoint", "_LiftShifts"}
 
 
 def test_evaluation_of_several_sets_measures_the_plain_loss_and_changes_nothing(tmp_path):

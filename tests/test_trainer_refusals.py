@@ -99,13 +99,13 @@ def test_refused_at_construction(model, options, message, how, tmp_path):
 @pytest.mark.parametrize(
     ("variable", "message"),
     [
-        ("ACCELERATE_USE_FSDP", "FSDP.*Use DDP"),
-        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed.*Use DDP"),
+        ("ACCELERATE_USE_FSDP", "FSDP1.*fsdp_version"),  # what Accelerate takes when none is named
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed.*Use FSDP2 or DDP"),
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "parallelism.*use DDP"),
     ],
 )
 @pytest.mark.parametrize("options", [{}, {"eta_f": 0.0, "eta_r": 1.0}], ids=["trace", "drift"])
-def test_launchers_that_shard_the_model_are_refused(variable, message, options, tmp_path, monkeypatch):
+def test_launchers_that_cannot_give_the_gradient_are_refused(variable, message, options, tmp_path, monkeypatch):
     args = FIPConfig(str(tmp_path / "out"), use_cpu=True, **options)
     monkeypatch.setenv(variable, "true")
     with pytest.raises(ValueError, match=message):
@@ -114,9 +114,28 @@ def test_launchers_that_shard_the_model_are_refused(variable, message, options, 
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"torch_compile": True}, "torch_compile together with FSDP"),
+        ({"fp16": True, "eta_r": 1.0}, "fp16 with FSDP.*bf16"),
+        ({"fsdp": True, "fsdp_config": {"version": 1}}, "FSDP1.*fsdp_version"),
+        ({"fsdp": True, "fsdp_config": {"cpu_ram_efficient_loading": True}}, "cpu_ram_efficient_loading.*to false"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(options, message, tmp_path, monkeypatch):
+    args = FIPConfig(str(tmp_path / "out"), use_cpu=True)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    for name, value in options.items():
+        setattr(args, name, value)
+    with pytest.raises(ValueError, match=message):
+        FIPTrainer(vit(), args)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     ("attribute", "value", "message"),
     [
-        ("fsdp", True, "FSDP"),
         ("deepspeed", "config.json", "DeepSpeed"),
         ("parallelism_config", object(), "parallelism"),
         ("_n_gpu", 2, "accelerate launch.*CUDA_VISIBLE_DEVICES"),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..compatibility import is_set
 from ..config import FIPConfig
 from ..hub.load import load_model
 from ..trainer import FIPTrainer
@@ -54,7 +55,8 @@ class BaselineTrainer(FIPTrainer):
                 f"{type(self).__name__} trains a model's own weights: leave `peft_config` out, or merge the adapter "
                 "first (`merge_and_unload`)."
             )
-        if args is not None and (args.fsdp or args.deepspeed or args.n_gpu > 1):
+        launched = is_set("ACCELERATE_USE_FSDP") or is_set("ACCELERATE_USE_DEEPSPEED")
+        if launched or (args is not None and (args.fsdp or args.deepspeed or args.n_gpu > 1)):
             raise ValueError(
                 f"{type(self).__name__} needs one whole model a process: leave FSDP and DeepSpeed out, and start one "
                 "process a GPU with `accelerate launch`."

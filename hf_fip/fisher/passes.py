@@ -12,23 +12,32 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .sharded import is_sharded
+
 
 @contextmanager
 def displaced(parameters: Sequence[Tensor], direction: Sequence[Tensor], step: float) -> Iterator[None]:
     """Run with the parameters at θ + step · direction.
 
     The parameters point to new storage meanwhile and back to their own afterwards: θ itself is never written, so it
-    returns bit for bit. Takes one extra copy of the parameters.
+    returns bit for bit. Sharded parameters are written, and then again from a copy, as FSDP holds on to their storage.
+    Takes one extra copy of the parameters.
     """
-    received = [parameter.data for parameter in parameters]
+    received = [(p, p.data.clone() if is_sharded(p) else p.data) for p in parameters]
     try:
         for parameter, towards in zip(parameters, direction, strict=True):
-            parameter.data = torch.add(parameter.data, towards, alpha=step)
+            if is_sharded(parameter):
+                parameter.data.add_(towards, alpha=step)
+            else:
+                parameter.data = torch.add(parameter.data, towards, alpha=step)
         torch.clear_autocast_cache()  # inside one `torch.autocast` block it would go on serving casts of θ
         yield
     finally:
-        for parameter, data in zip(parameters, received, strict=True):
-            parameter.data = data
+        for parameter, data in received:
+            if is_sharded(parameter):
+                parameter.data.copy_(data)
+            else:
+                parameter.data = data
         torch.clear_autocast_cache()
 
 

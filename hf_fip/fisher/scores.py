@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .likelihood import Likelihood
 from .passes import preserved_buffers
+from .sharded import averaging_processes, is_sharded
 
 Batch = Mapping[str, Any]
 
@@ -59,7 +60,12 @@ def split_batch(model: nn.Module, batch: Batch, label_name: str = "labels") -> t
 def summed_score(
     log_prob: Tensor, parameters: list[Tensor], *, retain_graph: bool = False, create_graph: bool = False
 ) -> list[Tensor]:
-    """∇_θ of a sum of log-likelihoods: one tensor a parameter, zero where the output does not depend on it."""
+    """∇_θ of a sum of log-likelihoods: one tensor a parameter, zero where the output does not depend on it.
+
+    Of sharded parameters it is the sum over all processes.
+    """
+    if any(map(is_sharded, parameters)):
+        return add_score(log_prob, parameters, [None] * len(parameters), retain_graph=retain_graph)
     gradients = torch.autograd.grad(
         log_prob, parameters, retain_graph=retain_graph or create_graph, create_graph=create_graph, allow_unused=True
     )
@@ -74,6 +80,21 @@ def summed_score(
         taken.add(gradient.data_ptr())
         score.append(gradient)
     return score
+
+
+def add_score(
+    log_prob: Tensor, parameters: list[Tensor], totals: list[Tensor | None], *, retain_graph: bool = False
+) -> list[Tensor]:
+    """`summed_score` added to `totals` in place, a layer at a time: no second copy of all the parameters is made."""
+    found = [parameter.grad for parameter in parameters]
+    try:
+        for parameter, total in zip(parameters, totals, strict=True):
+            parameter.grad = total
+        (log_prob * averaging_processes(parameters)).backward(retain_graph=retain_graph)
+        return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    finally:
+        for parameter, gradient in zip(parameters, found, strict=True):
+            parameter.grad = gradient
 
 
 def score_labels(

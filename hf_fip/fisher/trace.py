@@ -39,6 +39,7 @@ from .likelihood import Likelihood, at_least_float32, infer_likelihood
 from .passes import RandomState, displaced, in_eval_mode, preserved_buffers
 from .scores import (
     Batch,
+    add_score,
     labels_from_outputs,
     per_sample_scores,
     score_labels,
@@ -46,6 +47,7 @@ from .scores import (
     summed_score,
     trainable_parameters,
 )
+from .sharded import is_sharded, whole
 
 ESTIMATORS = ("sampled_sum", "signed_sum", "exact")
 GRADIENTS = ("finite_difference", "double_backward")
@@ -116,8 +118,9 @@ class TraceEstimator:
         reduce: sums a tensor over all processes in place; None for one process.
 
     Raises:
-        ValueError: names that do not exist, pairs that do not go together, no trainable parameter, or finite
-            differences of half-precision weights (the step would be rounded away).
+        ValueError: names that do not exist, pairs that do not go together, no trainable parameter, finite differences
+            of half-precision weights (the step would be rounded away), or anything but finite differences of sharded
+            ones.
     """
 
     def __init__(
@@ -142,6 +145,12 @@ class TraceEstimator:
         self.epsilon, self.chunk_size, self.label_name = epsilon, chunk_size, label_name
         self.reduce = reduce
         self.parameters = list(trainable_parameters(model).values())
+        self._is_sharded = any(map(is_sharded, self.parameters))
+        if self._is_sharded and (estimator == "exact" or gradient == "double_backward"):
+            raise ValueError(
+                f"trace_estimator={estimator!r} with trace_gradient={gradient!r} cannot be had of sharded parameters "
+                "(FSDP), whose gradients have no graph: use a *_sum estimator with finite differences, or DDP."
+            )
         if gradient == "finite_difference" and any(
             p.dtype in (torch.float16, torch.bfloat16) for p in self.parameters
         ):
@@ -217,28 +226,30 @@ class TraceEstimator:
         """
         if not self._seen:
             raise ValueError("Nothing was observed: call `observe` first.")
-        rows = torch.tensor(float(sum(seen.labels.shape[0] for seen in self._seen)), device=self.parameters[0].device)
-        self._reduce(rows)
+        rows = float(sum(seen.labels.shape[0] for seen in self._seen))
+        counts = torch.tensor([rows, 1.0], device=self.parameters[0].device)
+        self._reduce(counts)
+        rows, processes = counts[0], counts[1].item()
         try:
             if self.estimator == "exact":
                 value, gradient = self._exact()
                 return value / rows, gradient and _scale_(gradient, 1.0 / rows.item())
             total = self._sum
-            for tensor in total:
-                self._reduce(tensor)
+            if not self._is_sharded:  # or `backward` has summed it
+                for tensor in total:
+                    self._reduce(tensor)
             squared_norm = _squared_norm(total)
             value = squared_norm / rows
             if self.gradient is None:
                 return value, None
             if not squared_norm > 0:  # a flat point, or NaN: nothing to differentiate
                 return value, [torch.zeros_like(p) for p in self.parameters]
-            return value, self._hessian_times_sum(total, squared_norm.sqrt().item(), 2.0 / rows.item())
+            return value, self._hessian_times_sum(total, squared_norm.sqrt().item(), 2.0 / rows.item(), processes)
         finally:
             self.reset()
 
-    def _hessian_times_sum(self, total: list[Tensor], norm: float, factor: float) -> list[Tensor]:
-        """factor · H G, summed over processes; `norm` is ‖G‖."""
-        result = None
+    def _hessian_times_sum(self, total: list[Tensor], norm: float, factor: float, processes: float) -> list[Tensor]:
+        """factor · H G, summed over processes; `norm` is ‖G‖. The memory of `total` is used again."""
         if self.gradient == "double_backward":
             result = [torch.zeros_like(p) for p in self.parameters]
             for seen in self._seen:
@@ -247,18 +258,19 @@ class TraceEstimator:
                     inner = sum((s * (g / norm)).sum() for s, g in zip(score, total, strict=True))
                     if inner.requires_grad:  # or ℓ is linear in θ, and H is zero
                         _accumulate(result, _scale_(summed_score(inner, self.parameters), 1.0 / seen.scale))
+            factor *= norm
+        else:
+            scale = self._seen[0].scale
+            with displaced(self.parameters, total, self.epsilon / norm):
+                result = _scale_(total, -scale / (1.0 if self._is_sharded else processes))  # each takes off its share
+                for seen in self._seen:
+                    with self._second_pass(seen) as scaled_log_prob:
+                        result = add_score(scaled_log_prob * (scale / seen.scale), self.parameters, result)
+            factor *= norm / self.epsilon / scale
+        if not self._is_sharded:
             for tensor in result:
                 self._reduce(tensor)
-            return _scale_(result, factor * norm)
-        with displaced(self.parameters, total, self.epsilon / norm):
-            for seen in self._seen:
-                with self._second_pass(seen) as scaled_log_prob:
-                    score = summed_score(scaled_log_prob, self.parameters)
-                result = _accumulate(result, _scale_(score, 1.0 / seen.scale))
-        for tensor in result:
-            self._reduce(tensor)
-        torch._foreach_sub_(result, total)
-        return _scale_(result, factor * norm / self.epsilon)
+        return _scale_(result, factor)
 
     @contextmanager
     def _second_pass(self, seen: _MicroBatch) -> Iterator[Tensor]:
@@ -334,7 +346,7 @@ def _second_derivative_advice() -> Iterator[None]:
 
 def _squared_norm(tensors: list[Tensor]) -> Tensor:
     """Σ ‖tensor‖². By `sum`, which adds pairwise: `vector_norm` on CPU is off by 3e-3 at 25 million numbers."""
-    return torch.stack([at_least_float32(tensor).square().sum() for tensor in tensors]).sum()
+    return whole(torch.stack([at_least_float32(tensor).square().sum() for tensor in tensors]).sum())
 
 
 def _accumulate(total: list[Tensor] | None, more: list[Tensor]) -> list[Tensor]:

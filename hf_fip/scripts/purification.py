@@ -135,6 +135,7 @@ def purify(
         curve = PurificationCurve(test.part(CURVE_SAMPLES))
         watching = [curve]
         cost = Cost(excluded=lambda: sum(watcher.seconds for watcher in watching))
+        described = loading_of(model, task.words)
         set_seed(training.seed)
         inputs = task.inputs(clean, model, processor)
         trainer_class = task.trainer if method_arguments.method == FIP else method(method_arguments.method)[0]
@@ -187,7 +188,7 @@ def purify(
                 "received": received,
                 "attack": attack and attack.name,
                 "data": {"name": data.name, "clean_samples": len(clean), "test_samples": len(data.test)},
-                "card": loading_of(model, task.words),
+                "card": described,
                 "arguments": arguments,
                 "seed": training.seed,
                 "split_seed": split_seed,

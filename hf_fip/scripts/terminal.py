@@ -23,6 +23,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 
 from ..evaluation.metrics import METRICS
 from ..hub.text import visible, without_tokens
+from ..processes import are_on_cpu
 
 # What a wrong argument, file or place raises, or a full disk or memory; anything else is a bug with its traceback.
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, SafetensorError, torch.OutOfMemoryError)
@@ -46,6 +47,8 @@ def run(main: Callable[[], None]) -> None:
     an error came from.
     """
     quiet_libraries()
+    if are_on_cpu():
+        PartialState(cpu=True)
     found = signal.signal(signal.SIGTERM, _terminate)
     try:
         sys.argv[1:] = with_config(sys.argv[1:])
