@@ -57,8 +57,9 @@ class FIPArguments:
             which round a shorter step away.
         diagonal_samples (`int`, *optional*):
             Training samples from which diag F̄ is computed; all of them when left out.
-        fisher_chunk_size (`int`, *optional*, defaults to 8):
-            Samples whose scores are held at once by `"exact"` and by diag F̄; memory is this × trainable parameters.
+        fisher_chunk_size (`int`, *optional*):
+            Samples whose scores are held at once by `"exact"` and by diag F̄; memory is this × trainable parameters. By
+            default as many as take 128 MiB, and at least one.
 
         > Parameters of the training
 
@@ -118,8 +119,11 @@ class FIPArguments:
     diagonal_samples: int | None = field(
         default=None, metadata={"help": "Training samples for diag F̄ (default: all of them)."}
     )
-    fisher_chunk_size: int = field(
-        default=8, metadata={"help": "Per-sample scores held at once by the exact estimator and by diag F̄."}
+    fisher_chunk_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Per-sample scores held at once by exact and by diag F̄ (default: what fits in 128 MiB)."
+        },
     )
 
     max_dropped_updates: int = field(

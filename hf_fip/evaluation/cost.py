@@ -40,7 +40,8 @@ class Cost(TrainerCallback, ExportableState):
             "seconds": measured["seconds"],
             "seconds_per_step": measured["seconds"] / max(1, state.global_step),
             "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "peak_memory_bytes": measured["peak_memory_bytes"],  # of the GPU; without one, of the whole process
+            "peak_memory_bytes": measured["peak_memory_bytes"],  # of a GPU; without one, of a whole process
+            "processes": args.world_size,
         }
 
     def state(self) -> dict:

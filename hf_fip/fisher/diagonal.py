@@ -36,7 +36,7 @@ def fisher_diagonal(
     likelihood: Likelihood | None = None,
     labels: str = "sampled",
     generator: torch.Generator | None = None,
-    chunk_size: int = 8,
+    chunk_size: int | None = None,
     label_name: str = "labels",
     reduce: Callable[[Tensor], Any] | None = None,
 ) -> dict[str, Tensor]:
@@ -48,7 +48,8 @@ def fisher_diagonal(
         likelihood: p_θ(y|x); by default inferred from the model's config.
         labels: `sampled` (y ~ p_θ̄) or `empirical` (the clean label).
         generator: CPU generator of the sampled labels; torch's global one when left out.
-        chunk_size: samples whose scores are held at once; memory is chunk_size × the trainable parameters.
+        chunk_size: samples whose scores are held at once, chunk_size × the trainable parameters; by default, what
+            fits in `SCORES_AT_ONCE` numbers.
         label_name: the key of the labels in a batch.
         reduce: sums a tensor over all processes in place; None for one process.
 

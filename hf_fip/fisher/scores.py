@@ -17,6 +17,7 @@ from .passes import preserved_buffers
 from .sharded import averaging_processes, is_sharded
 
 Batch = Mapping[str, Any]
+SCORES_AT_ONCE = 2**25  # numbers, 128 MiB: the scores of one sample, when they are more
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -129,7 +130,7 @@ def per_sample_scores(
     inputs: Batch,
     labels: Tensor,
     *,
-    chunk_size: int = 8,
+    chunk_size: int | None = None,
     differentiable: bool = False,
 ) -> Iterator[list[Tensor]]:
     """The score of each sample by itself, a chunk of samples at a time.
@@ -142,7 +143,8 @@ def per_sample_scores(
     Args:
         inputs: keyword arguments of the model's forward; tensors have the samples on their first axis.
         labels: labels of the scores, `(batch, …)`.
-        chunk_size: samples held at once; memory is chunk_size × the trainable parameters.
+        chunk_size: samples held at once, chunk_size × the trainable parameters; by default, what fits in
+            `SCORES_AT_ONCE` numbers.
         differentiable: keep the graph, so that a function of the scores can be differentiated again.
 
     Yields:
@@ -150,6 +152,8 @@ def per_sample_scores(
     """
     parameters = trainable_parameters(model)
     rows = labels.shape[0]
+    if chunk_size is None:
+        chunk_size = max(1, SCORES_AT_ONCE // sum(p.numel() for p in parameters.values()))
     batched = {k: v for k, v in inputs.items() if isinstance(v, Tensor) and v.ndim and v.shape[0] == rows}
     shared = {k: v for k, v in inputs.items() if k not in batched}
 

@@ -113,7 +113,7 @@ class TraceEstimator:
         labels: `sampled` (the true Fisher) or `empirical` (the clean label).
         epsilon: length of the finite-difference step in parameter space. Under bf16 autocast rounding hides a step of
             0.001 in part; 0.01 is then closer to float32.
-        chunk_size: samples whose scores `exact` holds at once.
+        chunk_size: samples whose scores `exact` holds at once; by default, what fits in `SCORES_AT_ONCE` numbers.
         label_name: the key of the clean labels in a batch.
         reduce: sums a tensor over all processes in place; None for one process.
 
@@ -132,7 +132,7 @@ class TraceEstimator:
         gradient: str | None = "finite_difference",
         labels: str = "sampled",
         epsilon: float = 0.001,
-        chunk_size: int = 8,
+        chunk_size: int | None = None,
         label_name: str = "labels",
         reduce: Callable[[Tensor], Any] | None = None,
     ):
@@ -319,7 +319,7 @@ def fisher_trace(
     estimator: str = "exact",
     labels: str = "sampled",
     generator: torch.Generator | None = None,
-    chunk_size: int = 8,
+    chunk_size: int | None = None,
 ) -> float:
     """Tr F(θ) on one batch: a single number, in nats² per unit of the parameters squared.
 

@@ -181,8 +181,9 @@ def print_comparison(before: dict, after: dict, der: float | None, cost: dict) -
     if der is not None:
         table.add_row("DER  (50 = no effect)", "", f"{der:.1f}", "")
     Console().print(table)
+    several = f" on {cost['processes']} processes" if cost["processes"] > 1 else ""
     print(
-        f"{cost['seconds']:.1f} s, {1000 * cost['seconds_per_step']:.0f} ms a step, "
+        f"{cost['seconds']:.1f} s{several}, {1000 * cost['seconds_per_step']:.0f} ms a step, "
         f"{cost['trainable_parameters']:,} trainable parameters, peak {cost['peak_memory_bytes'] / 2**20:.0f} MiB, "
         f"{file_size(cost['file_bytes'])} saved"
     )

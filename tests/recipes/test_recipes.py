@@ -27,7 +27,7 @@ def default_run(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
 
 
 REPORT = {"before", "after", "der", "cost", "arguments", "seed", "versions"}
-COST = {"seconds", "seconds_per_step", "trainable_parameters", "peak_memory_bytes", "file_bytes"}
+COST = {"seconds", "seconds_per_step", "trainable_parameters", "peak_memory_bytes", "processes", "file_bytes"}
 
 
 def test_the_output_folder_holds_model_card_report_and_pictures_and_nothing_else(default_run):
