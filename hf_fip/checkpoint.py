@@ -8,6 +8,8 @@ import json
 import logging
 import os
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from zipfile import is_zipfile
@@ -28,19 +30,21 @@ logger = logging.getLogger(__name__)
 def last_complete_checkpoint(output_dir: str) -> str | None:
     """The newest checkpoint in a folder that is whole; None when there is none.
 
-    Later ones that are not (a kill, a full disk, a fault of the disk) are passed over, with a warning.
+    Others (a kill, a full disk, a fault of the disk) are passed over.
     """
-    passed_over = []
-    for folder in reversed(sort_checkpoints(output_dir) if os.path.isdir(output_dir) else []):
-        if is_complete(folder):
-            break
-        passed_over.append(os.path.basename(folder))
-    else:
-        folder = None
-    if passed_over:
-        where = f"the last one that is whole is {os.path.basename(folder)}" if folder else "there is no other"
-        logger.warning_once(f"{output_dir}: {', '.join(passed_over)} is half-written or damaged; {where}.")
-    return folder
+    if not os.path.isdir(output_dir):
+        return None
+    return next((folder for folder in reversed(sort_checkpoints(output_dir)) if is_complete(folder)), None)
+
+
+def warn_of_spoilt(checkpoint: str) -> None:
+    """Log a warning when a run goes on from a checkpoint and later ones beside it are not whole."""
+    place, name = os.path.split(os.path.abspath(checkpoint))
+    beside = [os.path.basename(folder) for folder in sort_checkpoints(place)]
+    later = beside[beside.index(name) + 1 :] if name in beside else []
+    spoilt = [name for name in later if not is_complete(os.path.join(place, name))]
+    if spoilt:
+        logger.warning(f"{', '.join(spoilt)} in {place} is half-written or damaged: going on from {name}.")
 
 
 def is_complete(checkpoint: str) -> bool:
@@ -78,6 +82,17 @@ def _is_whole(folder: Path) -> bool:
     pieces = FileSystemReader(folder).read_metadata().storage_data.values()
     ends = [(folder / piece.relative_path, piece.offset + piece.length) for piece in pieces]
     return bool(ends) and all(path.stat().st_size >= end for path, end in ends)
+
+
+@contextmanager
+def writing(checkpoint: str) -> Iterator[None]:
+    """Turn what torch raises when a file cannot be written into an OSError that says so."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(word in str(error) for word in ("inline_container", "iostream")):  # of torch's file writer
+            raise
+        raise OSError(f"{checkpoint} could not be written: is the disk full?") from error
 
 
 def seal(checkpoint: str) -> None:

@@ -26,8 +26,8 @@ SHARD_NAME = "fip_collapse_{}_of_{}.safetensors"  # each process's own, where pa
 WINDOW = 128  # predictions that are judged together, at least,
 OTHERS = 32  # and among them samples whose label is not the commonest
 NEARLY_ALL = 0.95  # of a window's predictions are of one class
-NO_SKILL = 0.05
-BETWEEN_COPIES = 32  # updates; a copy of the weights takes about as long as one
+NO_SKILL = 0.05  # or less
+BETWEEN_COPIES = 32  # updates at least, so that copying the weights costs little
 FACTOR = 0.1  # of η_F, for each collapse
 
 logger = logging.getLogger(__name__)
@@ -71,8 +71,9 @@ class CollapseGuard(TrainerCallback):
     one class; such labels make a window longer.
 
     A window is *healthy* if its skill is more than half of the best so far, and *collapsed* if it has none and nearly
-    all its predictions are one class. The weights that the last healthy window began with are kept on the CPU; to them
-    a collapsed window goes back. A model that has not had a healthy window is left alone, as one that is trained from
+    all its predictions are one class. A healthy window vouches for the weights it began with, not for those it ends
+    with, which have predicted nothing yet: a copy of such weights is kept on the CPU (for a while two), and after a
+    collapsed window they come back. A model without a healthy window so far is left alone, as when it is trained from
     scratch.
 
     Only classifiers are watched (`Categorical`); for other outputs there is `max_loss_rise`. What happens after the
@@ -96,6 +97,7 @@ class CollapseGuard(TrainerCallback):
         self._forget()
         for name in (COLLAPSE_NAME, SHARD_NAME.format(args.process_index, args.world_size)):
             if checkpoint is not None and os.path.isfile(os.path.join(checkpoint, name)):
+                self._is_sharded = name != COLLAPSE_NAME
                 self._load(os.path.join(checkpoint, name))
 
     def _forget(self) -> None:

@@ -121,9 +121,7 @@ class FIPArguments:
     )
     fisher_chunk_size: int | None = field(
         default=None,
-        metadata={
-            "help": "Per-sample scores held at once by exact and by diag F̄ (default: what fits in 128 MiB)."
-        },
+        metadata={"help": "Per-sample scores held at once by exact and by diag F̄ (default: what fits in 128 MiB)."},
     )
 
     max_dropped_updates: int = field(

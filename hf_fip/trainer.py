@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer, TrainerCallba
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .anchor import Anchor, check_anchor
-from .checkpoint import last_complete_checkpoint, load_weights, seal, unseal
+from .checkpoint import last_complete_checkpoint, load_weights, seal, unseal, warn_of_spoilt, writing
 from .collapse import CollapseGuard
 from .compatibility import check_arguments, check_dataset, make_trace
 from .config import FIPArguments, FIPConfig, FIPSeq2SeqConfig
@@ -272,6 +272,8 @@ class FIPMixin(SealedEvaluation, Publishing, ShardedTraining):
                 raise ValueError(f"No valid checkpoint found in output directory ({self.args.output_dir}).")
         if resume_from_checkpoint and not os.path.isdir(resume_from_checkpoint):
             raise ValueError(f"Can't find a valid checkpoint at {resume_from_checkpoint}.")
+        if resume_from_checkpoint:
+            warn_of_spoilt(resume_from_checkpoint)
         self._is_set_up = False
         self._trace = self._anchor = self._first_loss = None
         if resume_from_checkpoint and self.args.eta_r > 0:
@@ -365,7 +367,8 @@ class FIPMixin(SealedEvaluation, Publishing, ShardedTraining):
             self._anchor.save(folder, write=self.args.should_save)
         if self._collapse.watching and not self.args.save_only_model:
             self._collapse.save(self.args, folder)
-        super()._save_checkpoint(model, trial)
+        with writing(folder):
+            super()._save_checkpoint(model, trial)
         if self.args.should_save and os.path.isdir(folder):  # not that `save_total_limit` has removed it
             seal(folder)
 
@@ -378,8 +381,8 @@ class FIPMixin(SealedEvaluation, Publishing, ShardedTraining):
     def log(self, logs: dict[str, float], *positional, **kwargs) -> None:
         """Beside `loss`, the means since the last log of `task_loss`, `fisher_trace` and `drift` (the η_r term).
 
-        With `max_loss_rise` also `trace_left_out`, the share of updates above it; and `dropped_updates`, how many so
-        far were dropped, when there are any.
+        With `max_loss_rise` also `trace_left_out`, the share of updates above it; and when there are any, how many
+        `dropped_updates` and `collapses` to one class there were so far.
         """
         if "loss" in logs and self._metrics:
             means = torch.tensor([_finite_mean(values) for values in self._metrics.values()], device=self.args.device)

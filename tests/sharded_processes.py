@@ -19,6 +19,7 @@ from trainer_cases import Images, PlainNet, eager_vit, identical, image_trainer,
 
 from hf_fip import SingularValueConfig
 from hf_fip.checkpoint import last_complete_checkpoint
+from hf_fip.collapse import Copy
 from hf_fip.fisher.sharded import whole
 
 IS_SHARDED = os.environ.get("ACCELERATE_USE_FSDP") == "true"
@@ -108,6 +109,19 @@ def refused(folder: Path) -> dict[str, str]:
     return said
 
 
+def taken_back(folder: Path) -> bool:
+    """Whether the guard's copy of shards puts back what was there."""
+    trainer = image_trainer(folder, PlainNet(), **BOTH, **SAVING)
+    trainer.train()
+    before, copy = gathered(trainer.model), Copy.of(trainer.model, 0)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.add_(1.0)
+    changed = gathered(trainer.model)
+    copy.restore(trainer.model)
+    return identical(gathered(trainer.model), before) and not identical(before, changed)
+
+
 def main(folder: Path) -> None:
     for name, make in SAME.items():
         trainer = make(folder / name)
@@ -116,6 +130,7 @@ def main(folder: Path) -> None:
     found = {name: resume(make, folder / f"resumed-{name}") for name, make in RESUMED.items()}
     if IS_SHARDED:
         found["refused"] = refused(folder)
+        found["taken back"] = taken_back(folder / "taken-back")
     if PartialState().is_main_process:
         (folder / "found.json").write_text(json.dumps(found))
 

@@ -525,3 +525,11 @@ def test_a_hyperparameter_search_builds_the_terms_anew_for_each_trial(tmp_path, 
         assert identical(trained(alone), after)
         assert bool(traces) == (params["eta_f"] > 0) and bool(drifts) == (params["eta_r"] > 0)
         assert not any(map(math.isnan, traces + drifts))
+
+
+def test_a_card_can_be_written_between_two_trainings(tmp_path):
+    trainer = image_trainer(tmp_path, vit())
+    trainer.train()
+    trainer.create_model_card()
+    trainer.train()
+    assert len(logged(trainer, "loss")) == 3

@@ -77,6 +77,11 @@ def test_the_whole_model_is_saved_at_the_end(sharded):
 
 
 @pytest.mark.slow
+def test_a_copy_of_shards_is_put_back(sharded):
+    assert json.loads((sharded / "found.json").read_text())["taken back"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["exact", "double_backward"])
 def test_what_needs_the_graph_of_a_gradient_is_refused(name, sharded):
     assert "sharded parameters (FSDP)" in json.loads((sharded / "found.json").read_text())["refused"][name]

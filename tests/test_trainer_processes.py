@@ -1,6 +1,7 @@
 """Two processes train as one does."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -45,6 +46,18 @@ def test_two_processes_end_with_the_weights_of_one(name, folders):
         assert distance(found, expected) < 2e-6
         for key, values in logs.items():
             assert found_logs[key] == pytest.approx(values, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ["signed_sum", "sampled_sum"])
+def test_two_processes_expect_the_trace_of_one(estimator, folders):
+    one, first, second = (
+        json.loads((folders[place] / f"expected-{rank}.json").read_text()) for place, rank in ((0, 0), (1, 0), (1, 1))
+    )
+    assert first[estimator] == second[estimator]  # both have the whole
+    (mean, error), (other_mean, other_error) = one[estimator], first[estimator]
+    assert abs(mean - other_mean) < 4 * math.hypot(error, other_error) < 0.4 * mean
+    if estimator == "signed_sum":  # of the same labels
+        assert abs(other_mean - first["exact"]) < 4 * other_error
 
 
 @pytest.mark.parametrize("name", DRAWN)

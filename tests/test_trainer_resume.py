@@ -1,18 +1,10 @@
 """A run that was killed and resumed ends as one that was not."""
 
-import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from kill_and_resume import RANDOM_KILLS, WRITES, trainer
 from peft import LoraConfig
-from safetensors.torch import load_file
 from torch import nn
 from trainer_cases import (
     PlainNet,
@@ -37,31 +29,6 @@ from hf_fip.checkpoint import last_complete_checkpoint
 
 BOTH = {"eta_f": 0.05, "eta_r": 1.0}
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
-
-
-# ---- Killed ----
-
-
-@pytest.mark.slow
-def test_a_run_killed_at_any_moment_ends_with_the_same_weights(tmp_path):
-    expected = trained(trainer(tmp_path / "whole"))
-    place = Path(__file__).parent
-    path = os.pathsep.join([str(place.parent), str(place), *filter(None, [os.environ.get("PYTHONPATH")])])
-    (tmp_path / "killed").mkdir()
-    killed = subprocess.run(
-        [sys.executable, place / "kill_and_resume.py", tmp_path / "killed"],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert killed.returncode == 0, killed.stderr
-    ends = json.loads(killed.stdout.splitlines()[-1])
-    assert ends.pop("last") == ends.pop("last, at random") == 0, killed.stderr
-    chosen = [end for name, end in ends.items() if "random moment" not in name]
-    assert chosen == [-signal.SIGKILL] * (6 + 2 * len(WRITES)), ends
-    assert len(ends) - len(chosen) == RANDOM_KILLS and {*ends.values()} <= {0, -signal.SIGKILL}, ends
-    assert identical(load_file(tmp_path / "killed" / "final.safetensors"), expected)
-    assert identical(load_file(tmp_path / "killed" / "at_random" / "final.safetensors"), expected)
 
 
 # ---- Resumed ----
@@ -137,47 +104,6 @@ def test_a_checkpoint_of_the_plain_trainer_is_resumed(model, tmp_path):
     fip = image_trainer(tmp_path / "out", model(0.2), eta_f=0, eta_r=0, **SAVING)
     fip.train(resume_from_checkpoint=True)
     assert identical(weights(fip.model), expected)
-
-
-# ---- Half-written checkpoints ----
-
-
-def cut(name):
-    def spoil(folder):
-        os.truncate(folder / name, (folder / name).stat().st_size - 1)
-
-    return spoil
-
-
-def without(name):
-    return lambda folder: (folder / name).unlink()
-
-
-def empty(folder):
-    shutil.rmtree(folder)
-    folder.mkdir()
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        *(cut(name) for name in ("model.safetensors", "optimizer.pt", "rng_state.pth", ANCHOR_NAME)),
-        lambda folder: os.truncate(folder / "trainer_state.json", 100),
-        lambda folder: os.truncate(folder / "model.safetensors", 0),
-        *(without(name) for name in ("model.safetensors", "trainer_state.json")),
-        empty,
-    ],
-    ids=["weights", "optimizer", "random", "anchor", "state", "zero", "no-weights", "no-state", "empty"],
-)
-def test_a_half_written_checkpoint_is_passed_over(spoil, tmp_path):
-    expected = trained(image_trainer(tmp_path, vit(0.2), **BOTH, **SAVING))
-    assert last_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-6")
-    spoil(tmp_path / "checkpoint-6")
-    assert last_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-4")
-    resumed = image_trainer(tmp_path, vit(0.2), **BOTH, **SAVING)
-    resumed.train(resume_from_checkpoint=True)
-    assert identical(weights(resumed.model), expected)
-    assert last_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-6")
 
 
 def test_writing_over_an_old_checkpoint_is_not_taken_for_that_one(tmp_path, monkeypatch):

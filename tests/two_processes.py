@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from safetensors.torch import save_file
@@ -20,6 +21,8 @@ from trainer_cases import Images, PlainNet, eager_vit, image_trainer, logged, vi
 from transformers.trainer_callback import TrainerState
 
 from hf_fip import SingularValueConfig
+from hf_fip.fisher import TraceEstimator, fisher_trace
+from hf_fip.processes import sum_over_processes
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 EXACT = {"trace_estimator": "exact", "trace_gradient": "double_backward", "fisher_labels": "empirical"}
@@ -35,6 +38,14 @@ def batches_of_eight(split: int) -> dict:
 # Equal on any number of processes, but for rounding.
 SAME = {
     "exact": lambda folder: image_trainer(folder, eager_vit(), **BOTH, **EXACT, **batches_of_eight(1)),
+    "exact-epochs": lambda folder: image_trainer(  # of three updates: all of them are full
+        folder,
+        eager_vit(),
+        **{**BOTH, "train_dataset": Images(24)},
+        **EXACT,
+        **batches_of_eight(1),
+        max_steps=20,
+    ),
     "exact-accumulated": lambda folder: image_trainer(folder, eager_vit(), **BOTH, **EXACT, **batches_of_eight(2)),
     "trace-form": lambda folder: image_trainer(
         folder, eager_vit(), **BOTH, **EXACT, **batches_of_eight(1), trace_form="trace", trace_interval=2
@@ -70,6 +81,23 @@ def leave(trainer, folder: Path, name: str) -> None:
     (folder / f"{name}-{rank}.json").write_text(json.dumps(logs))
 
 
+def leave_expected_trace(folder: Path) -> None:
+    """Mean and standard error of many estimates of Tr F on eight shared samples, and Tr F itself."""
+    model, data, state = vit(), Images(8), PartialState()
+    every = {key: torch.stack([data[row][key] for row in range(8)]) for key in data[0]}
+    mine = {key: tensor[state.process_index :: state.num_processes] for key, tensor in every.items()}
+    found = {"exact": fisher_trace(model, every, labels="empirical")}
+    for estimator, labels in (("signed_sum", "empirical"), ("sampled_sum", "sampled")):
+        trace = TraceEstimator(model, estimator=estimator, gradient=None, labels=labels, reduce=sum_over_processes)
+        generator = torch.Generator().manual_seed(state.process_index)
+        values = []
+        for _ in range(400):
+            trace.observe(mine, generator)
+            values.append(trace.estimate()[0].item())
+        found[estimator] = [np.mean(values), np.std(values) / len(values) ** 0.5]
+    (folder / f"expected-{state.process_index}.json").write_text(json.dumps(found))
+
+
 def write_state_last(folder: Path) -> None:
     """Leave whether the slower process had written its random state when the other one wrote the trainer's state."""
     seen, write, save = [], TrainerState.save_to_json, torch.save
@@ -93,6 +121,7 @@ def main(folder: Path) -> None:
         trainer = make(folder / "out")
         trainer.train()
         leave(trainer, folder, name)
+    leave_expected_trace(folder)
     if PROCESSES == 1:
         return
     for name, make in DRAWN.items():

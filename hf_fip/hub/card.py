@@ -155,6 +155,7 @@ def make_card(
         rows=_rows(report),
         arguments=[(in_markdown(name), in_markdown(value)) for name, value in sorted(arguments.items())],
         cost=report["cost"],
+        collapses=int(report.get("collapses", 0)),
         versions=in_markdown(", ".join(f"{name} {version}" for name, version in report["versions"].items())),
         plots=[(Path(path).stem, path) for path in plots],
         imports=_imports(card["library"], card["class"], card["processor_class"]),

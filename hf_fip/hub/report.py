@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from accelerate.state import AcceleratorState
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import has_length
 
@@ -28,7 +29,9 @@ def non_default(*groups) -> dict[str, Any]:
     chosen = {}
     for group in groups:
         if isinstance(group, TrainingArguments):
+            state = dict(AcceleratorState._shared_state)  # new arguments would clear it, in the middle of a training
             values, defaults = group.to_dict(), type(group)(output_dir="unused").to_dict()
+            AcceleratorState._shared_state.update(state)
         else:
             values, defaults = dataclasses.asdict(group), dataclasses.asdict(type(group)())
         chosen |= {k: v for k, v in values.items() if k not in _PLACES and v != defaults[k]}
@@ -41,6 +44,11 @@ def versions() -> dict[str, str]:
 
     libraries = ("torch", "transformers", "accelerate", "peft", "datasets")
     return {"hf_fip": __version__, **{name: version(name) for name in libraries}, "python": platform.python_version()}
+
+
+def collapses_of(log_history: list[dict[str, Any]]) -> int:
+    """How often a training collapsed to one class, and was taken back."""
+    return max((row["collapses"] for row in log_history if "collapses" in row), default=0)
 
 
 def report_of(trainer, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -81,6 +89,7 @@ def report_of(trainer, metadata: dict[str, Any]) -> dict[str, Any]:
         "adapter_switched_off": {} if is_adapter else None,
         "curvature": None,
         "cost": cost,
+        "collapses": collapses_of(trainer.state.log_history),
         "model": name,
         "model_is_from_hub": source is not None and not Path(name).exists(),
         "received": provenance(source),

@@ -23,7 +23,7 @@ from ..evaluation.cost import Cost
 from ..evaluation.metrics import METRICS, WEAK_VICTIM, defense_effectiveness_rating
 from ..hub.card import CARD_NAME, REPORT_NAME, card_of, loading_of, provenance
 from ..hub.push import push_folder, require_token
-from ..hub.report import non_default, versions
+from ..hub.report import collapses_of, non_default, versions
 from ..hub.safety import ATTACK_FOLDER, admit
 from ..plots import plot_purification
 from ..tasks.augmentation import both
@@ -183,6 +183,7 @@ def purify(
                 "adapter_switched_off": switched_off,
                 "curvature": _first_and_last(trainer.state.log_history),
                 "cost": cost.report | {"file_bytes": _weight_bytes(folder.result)},
+                "collapses": collapses_of(trainer.state.log_history),
                 "model": place,
                 "model_is_from_hub": bool(given) and not Path(given).exists(),
                 "received": received,
