@@ -112,10 +112,15 @@ def main() -> None:
             for how in ways:
                 found[kind][how].append(samples_a_second(how, kind, args.batch))
                 print(kind, how, found[kind][how], file=sys.stderr, flush=True)
+    write(args.output, found, args.batch)
+
+
+def write(output: Path, found: dict[str, dict[str, list[float]]], batch: int) -> None:
+    rounds = len(found["plain fine-tuning"]["one"])
     lines = [
         "# Two processes against one",
         "",
-        f"`python benchmarks/processes.py --rounds {args.rounds}` on CPU, one thread a process, {args.batch} samples "
+        f"`python benchmarks/processes.py --rounds {rounds}` on CPU, one thread a process, {batch} samples "
         "a process; the median over the rounds of ratios within a round.",
         "",
         "| step | one, samples a second | two, apart | two | communication | beside plain steps, on two |",
@@ -127,9 +132,9 @@ def main() -> None:
         slower = _ratio(found["plain fine-tuning"]["two"], rates["two"])
         one = statistics.median(rates["one"])
         lines.append(f"| {kind} | {one:.1f} | {apart:.2f}× | {two:.2f}× | {share:.0%} | {slower:.2f}× the time |")
-    args.output.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    kept = {"versions": versions(), "batch": args.batch, "samples_a_second": found}
-    args.output.with_suffix(".json").write_text(json.dumps(kept, indent=1) + "\n")
+    output.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    kept = {"versions": versions(), "batch": batch, "samples_a_second": found}
+    output.with_suffix(".json").write_text(json.dumps(kept, indent=1) + "\n")
     print("\n".join(lines))
 
 

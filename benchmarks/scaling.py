@@ -9,22 +9,21 @@ forward pass keeps for its backward pass, a process holds at the peak of a step
     FIP                 + 2 N / P        the score G, and the weights at θ + ε G
     with eta_r          + 2 N / P        θ̄ and F̄
     Fast FIP            the same of its shifts alone, beside the frozen weights and their factors U and V
-    sharded             + two layers, the largest, gathered, with their gradients
+    sharded             + two of the largest layers and what is in none, gathered, with their gradients
 
 A is counted, not guessed: the model runs once with fake tensors, and what autograd keeps is added up. One pass in
 three of a plain step is forward, two are backward; the trace adds a backward, a forward and a backward pass at every
 k-th step, so FIP takes 1 + 5 / (3 k) times as long. Floating-point operations are counted in the same way.
 
---measure runs small models for real, each variant in a process of its own (two for FSDP2), and compares. Writes
-results/scaling.md and .json, and the tables in recipes/SCALING.md.
+--measure runs small models for real, each variant in a process of its own, and compares. Writes results/scaling.md and
+.json, and the table in recipes/SCALING.md. Sharded models are not measured: the profiler does not see what the threads
+that communicate give back.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import re
 import statistics
 import subprocess
 import sys
@@ -152,6 +151,7 @@ class Counted:
         factors: numbers in U, σ and V of the layers that Fast FIP adapts.
         shifts: their singular values, which Fast FIP trains.
         largest_layer: numbers of the largest of its repeated layers.
+        in_no_layer: numbers of what is in none of them: embeddings, the head.
         kept_bytes, flops: of the forward pass, and of forward and backward pass, of one sample.
     """
 
@@ -159,6 +159,7 @@ class Counted:
     factors: int
     shifts: int
     largest_layer: int
+    in_no_layer: int
     kept_bytes: float
     flops: float
 
@@ -178,13 +179,15 @@ def count(size: Size, half: bool = False) -> Counted:
         one, two = (_kept_bytes(model, size.inputs(batch), half) for batch in (1, 2))
         with FlopCounterMode(display=False) as counter:
             model(**size.inputs(1)).loss.backward()
-    layers = repeated_blocks(model) or [model]
+    of_layers = [sum(p.numel() for p in layer.parameters()) for layer in repeated_blocks(model)]
+    numbers = sum(p.numel() for p in model.parameters())
     matrices = [kind.matrix_of(m).shape for m in model.modules() if (kind := layer_class_of(m)) is not None]
     return Counted(
-        numbers=sum(p.numel() for p in model.parameters()),
+        numbers=numbers,
         factors=sum(min(m, n) * (m + n + 1) for *_, m, n in matrices),
         shifts=sum(min(m, n) for *_, m, n in matrices),
-        largest_layer=max(sum(p.numel() for p in layer.parameters()) for layer in layers),
+        largest_layer=max(of_layers, default=0),
+        in_no_layer=numbers - sum(of_layers),
         kept_bytes=two - one,
         flops=counter.get_total_flops(),
     )
@@ -230,7 +233,7 @@ def predicted_bytes(counted: Counted, variant: str, batch: int, processes: int =
         held = copies[variant] * counted.numbers
     held = 4 * held / processes
     if processes > 1:
-        held += 4 * 2 * LAYERS_IN_FLIGHT * counted.largest_layer
+        held += 4 * 2 * (LAYERS_IN_FLIGHT * counted.largest_layer + counted.in_no_layer)
     return held + batch * counted.kept_bytes
 
 
@@ -293,17 +296,10 @@ def measure_peak(size: Size, variant: str) -> int:
     return peak
 
 
-def peak_of(size: Size, variant: str, processes: int) -> int:
-    """`measure_peak` in one process of its own, or in two that share the model by FSDP2."""
-    command = [sys.executable]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        env |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
-        env |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
-    command += [__file__, "--peak", size.name, variant]
-    done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
-    return max(int(value) for value in re.findall(r"peak (\d+)", done.stdout))
+def peak_of(size: Size, variant: str) -> int:
+    """`measure_peak` in a process of its own."""
+    command = [sys.executable, __file__, "--peak", size.name, variant]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 def seconds_of(trainer) -> float:
@@ -326,13 +322,12 @@ def measure(rounds: int) -> list[dict]:
     rows = []
     for size in SMALL:
         counted = count(size)
-        for processes in (1, 2):
-            for variant in VARIANTS:
-                row = {"model": size.name, "variant": variant, "processes": processes, "batch": size.batch}
-                row["predicted"] = predicted_bytes(counted, variant, size.batch, processes)
-                row["measured"] = peak_of(size, variant, processes)
-                rows.append(row)
-                print(row, file=sys.stderr, flush=True)
+        for variant in VARIANTS:
+            row = {"model": size.name, "variant": variant, "batch": size.batch}
+            row["predicted"] = predicted_bytes(counted, variant, size.batch)
+            row["measured"] = peak_of(size, variant)
+            rows.append(row)
+            print(row, file=sys.stderr, flush=True)
         for interval in (1, 4):
             row = {"model": size.name, "interval": interval, "predicted": slowdown(interval)}
             rows.append(row | {"measured": time_ratio(size, interval, rounds)})
@@ -344,12 +339,12 @@ def measure(rounds: int) -> list[dict]:
 
 
 def checked_table(rows: list[dict]) -> str:
-    lines = ["| model, batch | step | processes | formula, MB | measured, MB | ratio |", "|---|---|---|---|---|---|"]
+    lines = ["| model, batch | step | formula, MB | measured, MB | ratio |", "|---|---|---|---|---|"]
     for row in (row for row in rows if "variant" in row):
         figures = (
             f"{row['predicted'] / 1e6:.0f} | {row['measured'] / 1e6:.0f} | {row['measured'] / row['predicted']:.2f}"
         )
-        lines.append(f"| {row['model']}, {row['batch']} | {row['variant']} | {row['processes']} | {figures} |")
+        lines.append(f"| {row['model']}, {row['batch']} | {row['variant']} | {figures} |")
     lines += ["", "| model | trace at every | formula | measured |", "|---|---|---|---|"]
     for row in (row for row in rows if "interval" in row):
         at = "step" if row["interval"] == 1 else f"{row['interval']}th step"

@@ -21,9 +21,11 @@ from .fisher.trace import TraceEstimator
 def check_arguments(model: nn.Module, args: FIPArguments, likelihood: Likelihood | None = None) -> None:
     """Raise a ValueError for a model and arguments that cannot work together.
 
-    Nothing is checked for `eta_f = eta_r = 0`, which is plain training.
+    Of plain training (`eta_f = eta_r = 0`) only that the weights are there is checked.
     """
     args.check()
+    if fsdp_version(args) == 2:
+        _check_loading(args)
     if args.eta_f == 0 and args.eta_r == 0:
         return
     _check_devices(model, args)
@@ -83,19 +85,29 @@ def _check_devices(model: nn.Module, args: FIPArguments) -> None:
         )
 
 
-def _check_sharding(args: FIPArguments) -> None:
-    """FSDP keeps the gradients of its shards, without a graph."""
-    if not (args.fsdp or is_set("ACCELERATE_USE_FSDP")):
-        return
-    version = (args.fsdp_config or {}).get("version", 2) if args.fsdp else os.environ.get("FSDP_VERSION", "1")
-    if int(version) != 2:
-        raise ValueError("FSDP1 flattens the parameters, and gradients have no place there: set fsdp_version to 2.")
+def fsdp_version(args: FIPArguments) -> int | None:
+    """The version of FSDP that the arguments or the launcher ask for; None for none."""
+    if args.fsdp:
+        return int((args.fsdp_config or {}).get("version", 2))
+    return int(os.environ.get("FSDP_VERSION", "1")) if is_set("ACCELERATE_USE_FSDP") else None
+
+
+def _check_loading(args: FIPArguments) -> None:
     given = (args.fsdp_config or {}).get("cpu_ram_efficient_loading", "false")
     if str(given).lower() == "true" or is_set("FSDP_CPU_RAM_EFFICIENT_LOADING"):
         raise ValueError(
             "fsdp_cpu_ram_efficient_loading leaves all processes but one without weights: set it to false (each reads "
             "the model, and keeps its shard)."
         )
+
+
+def _check_sharding(args: FIPArguments) -> None:
+    """FSDP keeps the gradients of its shards, without a graph."""
+    version = fsdp_version(args)
+    if version is None:
+        return
+    if version != 2:
+        raise ValueError("FSDP1 flattens the parameters, and gradients have no place there: set fsdp_version to 2.")
     if args.torch_compile:
         raise ValueError("torch_compile together with FSDP is not supported: leave one of them out.")
     if args.eta_r > 0 and args.fp16:

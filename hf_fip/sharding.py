@@ -11,19 +11,22 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, StateDictType, fully_shard
 
-from .compatibility import is_set
+from .compatibility import fsdp_version
 from .fisher.sharded import reshard, whole
 
 
 class ShardedTraining:
-    """A mixin for a `Trainer`."""
+    """A mixin for a `Trainer`. What is not sharded, or by FSDP1, is left to it."""
+
+    @property
+    def _shards(self) -> bool:
+        return self.is_fsdp_enabled and self.accelerator.is_fsdp2
 
     def create_accelerator_and_postprocess(self) -> None:
         """As the `Trainer`'s; processes on CPU shard too, when they are told to (Accelerate would start DDP)."""
         super().create_accelerator_and_postprocess()
         state = self.accelerator.state
-        wanted = self.args.fsdp or is_set("ACCELERATE_USE_FSDP")
-        if wanted and state.distributed_type == DistributedType.MULTI_CPU:
+        if fsdp_version(self.args) == 2 and state.distributed_type == DistributedType.MULTI_CPU:
             plugin = FullyShardedDataParallelPlugin(**(self.args.fsdp_plugin_args or {}))
             if state.mixed_precision != "no":
                 plugin.set_mixed_precision(state.mixed_precision)
@@ -66,7 +69,7 @@ class ShardedTraining:
         self.model_wrapped = fully_shard(self.model, **how)
 
     def evaluation_loop(self, *positional, **kwargs):
-        if not self.is_fsdp_enabled:
+        if not self._shards:
             return super().evaluation_loop(*positional, **kwargs)
         if not self.accelerator._models:
             if not isinstance(self.model, FSDPModule):
@@ -78,7 +81,7 @@ class ShardedTraining:
             reshard(self.model)
 
     def _prepare_for_training(self, *positional, **kwargs):
-        if not self.is_fsdp_enabled:
+        if not self._shards:
             return super()._prepare_for_training(*positional, **kwargs)
         if not isinstance(self.model, FSDPModule):
             self._shard()
@@ -91,7 +94,7 @@ class ShardedTraining:
             del self.accelerator.prepare
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        if not self.is_fsdp_enabled:
+        if not self._shards:
             return super().training_step(model, inputs, num_items_in_batch)
         # Gradients that wait for the last micro-batch would mix with those of Tr F: each is reduced at once.
         model.set_requires_gradient_sync(True)
@@ -102,13 +105,13 @@ class ShardedTraining:
 
     def create_optimizer(self, *positional, **kwargs):
         optimizer = super().create_optimizer(*positional, **kwargs)
-        if self.is_fsdp_enabled:  # whose checkpoints lose the settings of a group without parameters
+        if self._shards:  # a model whose checkpoints lose the settings of a group without parameters
             optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the `Trainer`'s; of a sharded model the whole is written, but for checkpoints that are to be sharded."""
-        if not self.is_fsdp_enabled:
+        if not self._shards:
             super().save_model(output_dir, _internal_call)
             return
         in_checkpoint = _internal_call and output_dir is not None
