@@ -7,6 +7,7 @@ import os
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, StateDictType, fully_shard
@@ -20,10 +21,15 @@ class ShardedTraining:
 
     @property
     def _shards(self) -> bool:
-        return self.is_fsdp_enabled and self.accelerator.is_fsdp2
+        return self.is_fsdp_enabled and fsdp_version(self.args) == 2
 
     def create_accelerator_and_postprocess(self) -> None:
         """As the `Trainer`'s; processes on CPU shard too, when they are told to (Accelerate would start DDP)."""
+        if fsdp_version(self.args) == 2:
+            # Gradients that wait for the last micro-batch would mix with those of Tr F: each is reduced at once.
+            config = self.args.accelerator_config
+            kept = config.gradient_accumulation_kwargs or {}
+            config.gradient_accumulation_kwargs = {**kept, "sync_each_batch": True}
         super().create_accelerator_and_postprocess()
         state = self.accelerator.state
         if fsdp_version(self.args) == 2 and state.distributed_type == DistributedType.MULTI_CPU:
@@ -31,6 +37,7 @@ class ShardedTraining:
             if state.mixed_precision != "no":
                 plugin.set_mixed_precision(state.mixed_precision)
             state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # as Accelerate does
             self.is_fsdp_enabled = True
 
     @property
@@ -94,12 +101,8 @@ class ShardedTraining:
             del self.accelerator.prepare
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        if not self._shards:
-            return super().training_step(model, inputs, num_items_in_batch)
-        # Gradients that wait for the last micro-batch would mix with those of Tr F: each is reduced at once.
-        model.set_requires_gradient_sync(True)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        for buffer in model.buffers():  # running statistics are those of the first process, as with DDP
+        for buffer in model.buffers() if self._shards else ():  # running statistics are the first process's, as in DDP
             dist.broadcast(buffer, src=0)
         return loss
 

@@ -52,6 +52,7 @@ from .sharded import is_sharded, whole
 ESTIMATORS = ("sampled_sum", "signed_sum", "exact")
 GRADIENTS = ("finite_difference", "double_backward")
 LABELS = ("sampled", "empirical")
+BUCKET = 2**22  # numbers that are sent together
 
 _ADVICE_SECOND_DERIVATIVE = (
     "an operation of this model has no second derivative. Load it with attn_implementation='eager', "
@@ -235,9 +236,7 @@ class TraceEstimator:
                 value, gradient = self._exact()
                 return value / rows, gradient and _scale_(gradient, 1.0 / rows.item())
             total = self._sum
-            if not self._is_sharded:  # or `backward` has summed it
-                for tensor in total:
-                    self._reduce(tensor)
+            self._reduce_all(total)
             squared_norm = _squared_norm(total)
             value = squared_norm / rows
             if self.gradient is None:
@@ -267,9 +266,7 @@ class TraceEstimator:
                     with self._second_pass(seen) as scaled_log_prob:
                         result = add_score(scaled_log_prob * (scale / seen.scale), self.parameters, result)
             factor *= norm / self.epsilon / scale
-        if not self._is_sharded:
-            for tensor in result:
-                self._reduce(tensor)
+        self._reduce_all(result)
         return _scale_(result, factor)
 
     @contextmanager
@@ -302,9 +299,18 @@ class TraceEstimator:
                         with _second_derivative_advice():
                             _accumulate(gradient, summed_score(squared, self.parameters))
         self._reduce(value)
-        for tensor in gradient or ():
-            self._reduce(tensor)
+        self._reduce_all(gradient or [])
         return value, gradient
+
+    def _reduce_all(self, tensors: list[Tensor]) -> None:
+        """Sum tensors of parameters over all processes, many at once; those of shards `backward` has summed."""
+        if self.reduce is None or self._is_sharded:
+            return
+        for bucket in _buckets(tensors):
+            together = torch.cat([tensor.flatten() for tensor in bucket])
+            self.reduce(together)
+            for tensor, part in zip(bucket, together.split([t.numel() for t in bucket]), strict=True):
+                tensor.copy_(part.view_as(tensor))
 
     def _reduce(self, tensor: Tensor) -> None:
         if self.reduce is not None:
@@ -347,6 +353,18 @@ def _second_derivative_advice() -> Iterator[None]:
 def _squared_norm(tensors: list[Tensor]) -> Tensor:
     """Σ ‖tensor‖². By `sum`, which adds pairwise: `vector_norm` on CPU is off by 3e-3 at 25 million numbers."""
     return whole(torch.stack([at_least_float32(tensor).square().sum() for tensor in tensors]).sum())
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Runs of tensors of one type, each of few more than `BUCKET` numbers."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        if bucket and (tensor.dtype != bucket[0].dtype or sum(t.numel() for t in bucket) >= BUCKET):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
 
 
 def _accumulate(total: list[Tensor] | None, more: list[Tensor]) -> list[Tensor]:
