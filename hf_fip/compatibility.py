@@ -110,7 +110,7 @@ def _check_sharding(args: FIPArguments) -> None:
         raise ValueError("FSDP1 flattens the parameters, and gradients have no place there: set fsdp_version to 2.")
     if args.torch_compile:
         raise ValueError("torch_compile together with FSDP is not supported: leave one of them out.")
-    if args.eta_r > 0 and args.fp16:
+    if args.eta_r > 0 and (args.fp16 or args.mixed_precision == "fp16"):
         raise ValueError("fp16 with FSDP would round the squares of diag F̄ to zero: use bf16, or set eta_r=0.")
 
 

@@ -53,8 +53,8 @@ class FIPArguments:
         trace_interval (`int`, *optional*, defaults to 4):
             Apply the trace term at every n-th update, n times as strongly; 1 is every update.
         trace_epsilon (`float`, *optional*):
-            Length of the finite-difference step in parameter space. By default 0.001, and 0.01 with `bf16` or `fp16`,
-            which round a shorter step away.
+            Length of the finite-difference step in parameter space. By default 0.001, and 0.01 with `bf16` or `fp16`
+            (or `accelerate launch --mixed_precision`), which round a shorter step away.
         diagonal_samples (`int`, *optional*):
             Training samples from which diag F̄ is computed; all of them when left out.
         fisher_chunk_size (`int`, *optional*):
@@ -144,7 +144,7 @@ class FIPArguments:
         self.use_cpu = self.use_cpu or are_on_cpu()
         super().__post_init__()
         if self.trace_epsilon is None:
-            self.trace_epsilon = 0.01 if self.bf16 or self.fp16 else 0.001
+            self.trace_epsilon = 0.001 if self.mixed_precision == "no" else 0.01  # the launcher may set it too
         self.check()
 
     def __getstate__(self) -> dict:

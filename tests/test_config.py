@@ -136,3 +136,9 @@ def test_fast_fip_has_defaults_of_its_own_that_give_way(config_class, tmp_path):
     assert config.eta_f == 0.5
     for name in FAST_FIP.keys() - {"eta_f"}:
         assert getattr(config, name) == FAST_FIP[name] != getattr(config_class(str(tmp_path)), name)
+
+
+@pytest.mark.parametrize(("precision", "epsilon"), [("no", 0.001), ("bf16", 0.01), ("fp16", 0.01)])
+def test_the_precision_of_a_launcher_sets_the_step_of_finite_differences(precision, epsilon, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    assert FIPConfig(str(tmp_path), use_cpu=True).trace_epsilon == epsilon
