@@ -14,7 +14,7 @@ from trainer_cases import QUIET, Images, PlainNet, Recorder, distance, identical
 from hf_fip.baselines.base import KEPT_NAME
 from hf_fip.baselines.ibau import IBAUConfig, IBAUTrainer, fixed_point
 from hf_fip.baselines.universal import PixelScale, universal_perturbation
-from hf_fip.checkpoint import last_complete_checkpoint
+from hf_fip.checkpoint import CHECKSUMS_NAME, last_complete_checkpoint
 
 SHORT = {"num_train_epochs": 2, "per_device_train_batch_size": 8, "logging_steps": 1, **QUIET}
 MODELS = {"resnet": resnet, "vit": partial(vit, 0.2), "plain": partial(PlainNet, 0.2)}
@@ -212,7 +212,8 @@ def test_several_processes_and_a_checkpoint_without_the_perturbation_are_refused
     trainer = ibau(tmp_path, PlainNet(), save_strategy="epoch")
     trainer.train()
     for checkpoint in tmp_path.glob("checkpoint-*"):
-        (checkpoint / KEPT_NAME).unlink()
+        for file in (KEPT_NAME, CHECKSUMS_NAME):  # as of another method
+            (checkpoint / file).unlink()
     with pytest.raises(ValueError, match=f"has no {KEPT_NAME}"):
         ibau(tmp_path, PlainNet(), save_strategy="epoch").train(resume_from_checkpoint=True)
     monkeypatch.setattr(IBAUConfig, "world_size", 2)

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from hf_fip.baselines import method
 from hf_fip.baselines.base import KEPT_NAME
 from hf_fip.baselines.masks import channel_scales, prune
-from hf_fip.checkpoint import last_complete_checkpoint
+from hf_fip.checkpoint import CHECKSUMS_NAME, last_complete_checkpoint
 
 SHORT = {"max_steps": 4, "per_device_train_batch_size": 8, "logging_steps": 1, **QUIET}
 METHODS = ["anp", "rnp", "awm"]
@@ -193,7 +193,8 @@ def test_adapters_own_optimizers_several_processes_and_foreign_checkpoints_are_r
     trainer = Trainer(model, args, train_dataset=Images())
     trainer.train()
     for checkpoint in tmp_path.glob("checkpoint-*"):
-        (checkpoint / KEPT_NAME).unlink()
+        for file in (KEPT_NAME, CHECKSUMS_NAME):  # as of another method
+            (checkpoint / file).unlink()
     with pytest.raises(ValueError, match=f"has no {KEPT_NAME}"):
         Trainer(resnet(), args, train_dataset=Images()).train(resume_from_checkpoint=True)
     monkeypatch.setattr(Config, "world_size", 2)

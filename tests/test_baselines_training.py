@@ -28,7 +28,7 @@ from transformers import SwinConfig, SwinForImageClassification
 from hf_fip.baselines import method, nft
 from hf_fip.baselines.base import KEPT_NAME, head_of
 from hf_fip.baselines.nad import attention_map, outputs_of, stages_of
-from hf_fip.checkpoint import last_complete_checkpoint
+from hf_fip.checkpoint import CHECKSUMS_NAME, last_complete_checkpoint
 
 METHODS = ["ft", "ft_sam", "nad", "fst", "nft"]
 SHORT = {"max_steps": 4, "per_device_train_batch_size": 4, "logging_steps": 1, **QUIET}
@@ -87,7 +87,8 @@ def test_a_resumed_run_ends_with_the_same_weights(name, model, tmp_path):
 def test_a_checkpoint_without_what_the_method_keeps_is_refused(name, tmp_path):
     options = {"save_strategy": "steps", "save_steps": 2}
     trainer_of(name, tmp_path, vit(), **options).train()
-    (tmp_path / "checkpoint-4" / KEPT_NAME).unlink()
+    for file in (KEPT_NAME, CHECKSUMS_NAME):  # as of another method
+        (tmp_path / "checkpoint-4" / file).unlink()
     with pytest.raises(ValueError, match="Start anew"):
         trainer_of(name, tmp_path, vit(), **options).train(resume_from_checkpoint=True)
 
