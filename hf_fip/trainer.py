@@ -311,7 +311,8 @@ class FIPMixin(SealedEvaluation, Publishing, ShardedTraining):
         likelihood = self._likelihood or infer_likelihood(model)
         label_name = self.label_names[0] if self.label_names else "labels"
         if self.args.eta_f > 0:
-            self._trace = make_trace(model, self.args, likelihood, label_name=label_name, reduce=sum_over_processes)
+            reduce = sum_over_processes if self.args.world_size > 1 else None
+            self._trace = make_trace(model, self.args, likelihood, label_name=label_name, reduce=reduce)
             self._collapse.watching = isinstance(likelihood, Categorical)
         if self.args.eta_r > 0 and self._anchor is None:
             if self._resumed_from:
