@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .fisher.sharded import is_sharded, whole
+from .fisher.sharded import any_sharded, whole
 
 ANCHOR_NAME = "fip_anchor.safetensors"
 SHARDED_ANCHOR_NAME = "fip_anchor_sharded"  # a folder, written by all processes
@@ -50,7 +50,7 @@ class Anchor:
             folder: a checkpoint's.
             write: whether this process writes what is the same on all of them.
         """
-        if any(map(is_sharded, self.received.values())):
+        if any_sharded(self.received.values()):
             from torch.distributed import checkpoint  # heavy
 
             checkpoint.save(_flat(self), checkpoint_id=os.path.join(folder, SHARDED_ANCHOR_NAME))
@@ -66,7 +66,7 @@ class Anchor:
             ValueError: when the folder has no such file, or one that was written with another sharding.
         """
         check_anchor(folder)
-        sharded = any(map(is_sharded, parameters.values()))
+        sharded = any_sharded(parameters.values())
         if sharded != os.path.isdir(os.path.join(folder, SHARDED_ANCHOR_NAME)):
             raise ValueError(f"{folder} was written {'without' if sharded else 'with'} FSDP: resume it likewise.")
         if sharded:

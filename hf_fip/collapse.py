@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from .fisher.likelihood import IGNORE_INDEX
 from .fisher.scores import trainable_parameters
-from .fisher.sharded import is_sharded, reshard
+from .fisher.sharded import any_sharded, is_sharded, reshard
 from .processes import sum_over_processes
 
 COLLAPSE_NAME = "fip_collapse.safetensors"
@@ -115,7 +115,7 @@ class CollapseGuard(TrainerCallback):
         self._update = None
         if not self.watching or self._window is not None:
             return
-        self._is_sharded = any(map(is_sharded, model.parameters()))
+        self._is_sharded = any_sharded(model.parameters())
         if self._healthy is None or step - self._healthy.step >= BETWEEN_COPIES:
             self._candidate = Copy.of(model, step)
 

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .likelihood import Likelihood
 from .passes import preserved_buffers
-from .sharded import averaging_processes, is_sharded
+from .sharded import any_sharded, averaging_processes
 
 Batch = Mapping[str, Any]
 SCORES_AT_ONCE = 2**25  # numbers, 128 MiB: the scores of one sample, when they are more
@@ -65,7 +65,7 @@ def summed_score(
 
     Of sharded parameters it is the sum over all processes.
     """
-    if any(map(is_sharded, parameters)):
+    if any_sharded(parameters):
         return add_score(log_prob, parameters, [None] * len(parameters), retain_graph=retain_graph)
     gradients = torch.autograd.grad(
         log_prob, parameters, retain_graph=retain_graph or create_graph, create_graph=create_graph, allow_unused=True

@@ -8,7 +8,7 @@ sharded parameters is collected in `.grad` (see `scores.add_score`).
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -18,6 +18,11 @@ def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is sharded over processes."""
     module = sys.modules.get("torch.distributed.tensor")  # heavy, and there whenever a tensor of it is
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def any_sharded(tensors: Iterable[Tensor]) -> bool:
+    """Whether one of the tensors is sharded over processes."""
+    return any(map(is_sharded, tensors))
 
 
 def whole(tensor: Tensor) -> Tensor:

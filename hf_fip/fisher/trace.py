@@ -47,7 +47,7 @@ from .scores import (
     summed_score,
     trainable_parameters,
 )
-from .sharded import is_sharded, whole
+from .sharded import any_sharded, whole
 
 ESTIMATORS = ("sampled_sum", "signed_sum", "exact")
 GRADIENTS = ("finite_difference", "double_backward")
@@ -146,7 +146,7 @@ class TraceEstimator:
         self.epsilon, self.chunk_size, self.label_name = epsilon, chunk_size, label_name
         self.reduce = reduce
         self.parameters = list(trainable_parameters(model).values())
-        self._is_sharded = any(map(is_sharded, self.parameters))
+        self._is_sharded = any_sharded(self.parameters)
         if self._is_sharded and (estimator == "exact" or gradient == "double_backward"):
             raise ValueError(
                 f"trace_estimator={estimator!r} with trace_gradient={gradient!r} cannot be had of sharded parameters "
