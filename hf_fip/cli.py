@@ -9,8 +9,8 @@ import sys
 COMMANDS = {
     "purify": ("purify_{task}", "take the backdoor out of a model, with a little clean data"),
     "backdoor": ("backdoor_{task}", "train a model with a backdoor, to practise on"),
-    "tasks": ("tasks", "list the tasks that those two know; images by default"),
-    "evaluate": ("evaluate_image", "measure ACC, ASR and RA of a model, also after an attacker's next moves"),
+    "evaluate": ("evaluate_{task}", "measure ACC, ASR and RA of a model again; of images, after more attacks too"),
+    "tasks": ("tasks", "list the tasks that those three know; images by default"),
     "audit": ("audit_image", "look for backdoors in a model without knowing the trigger"),
     "curvature": ("analyze_curvature", "measure how sharp the minimum is that a model sits in"),
     "attacks": ("list_attacks", "list the attacks and their options"),
@@ -52,7 +52,7 @@ def _run(word: str) -> None:
         from .scripts.tasks import take_task
 
         arguments = sys.argv[1:]
-        module = module.format(task=take_task(arguments))
+        module = module.format(task=take_task(arguments, or_model=word == "evaluate"))
         sys.argv[1:] = arguments
     importlib.import_module(f".scripts.{module}", __package__).main()
 

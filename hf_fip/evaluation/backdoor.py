@@ -55,6 +55,13 @@ class BackdoorTest:
             result["ra"] = robust_accuracy(answers, labels, self.attack_labels)
         return result
 
+    def counted_for_asr(self) -> int | None:
+        """How many inputs (or objects in them) ASR is a share of; None without an attack."""
+        return None if self.triggered is None else self._counted()
+
+    def _counted(self) -> int:
+        return int((np.asarray(self.triggered.labels) != self.attack_labels).sum())
+
     def part(self, samples: int, seed: int = 0) -> BackdoorTest:
         """A test on a random part of at most so many inputs of each kind."""
 

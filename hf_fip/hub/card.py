@@ -44,12 +44,14 @@ class CardWords:
         pipeline_tag: the task, as the Hub calls it; None if it has no name for it.
         processor_class: the class of transformers that loads what prepares the inputs; None if nothing does.
         denominator: what the attack's measures are over, in a sentence.
+        evaluate: the words after `hf-fip evaluate` that measure such a model again; None if none do.
     """
 
     samples: str = "images"
     pipeline_tag: str | None = "image-classification"
     processor_class: str | None = "AutoImageProcessor"
     denominator: str = "ASR and RA are over the triggered test images whose true class is not the target."
+    evaluate: str | None = "image"
 
 
 def loading_of(model: Any, words: CardWords) -> dict[str, Any]:
@@ -151,6 +153,7 @@ def make_card(
         method=FIP if report["method"] == "fip" else f"`{in_markdown(report['method'])}`, to compare FIP with,",
         attack=in_markdown(report["attack"] or "not known"),
         denominator=in_markdown(card["denominator"], _LONGEST_SENTENCE),
+        evaluate=card.get("evaluate") and in_markdown(card["evaluate"]),
         seed=int(report["seed"]),
         rows=_rows(report),
         arguments=[(in_markdown(name), in_markdown(value)) for name, value in sorted(arguments.items())],

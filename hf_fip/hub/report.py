@@ -80,7 +80,7 @@ def report_of(trainer, metadata: dict[str, Any]) -> dict[str, Any]:
     except ValueError:  # a module that was made here
         source = None
     info = getattr(trainer.train_dataset, "info", None)
-    words = CardWords("samples", None, _processor_class(trainer.processing_class), "")
+    words = CardWords("samples", None, _processor_class(trainer.processing_class), "", None)
     return {
         "method": type(trainer).__name__ if ".baselines." in type(trainer).__module__ else "fip",
         "before": first,

@@ -96,7 +96,10 @@ def attack_field(input_kind: str, default: str) -> str | None:
 
 @dataclass
 class AttackArguments:
-    """The backdoor: what ASR is measured with. A task of other inputs than images replaces the first three lines."""
+    """The backdoor: what ASR is measured with. A task of other inputs than images replaces the first three lines.
+
+    Where victims are trained, its `PoisonArguments` come of both classes.
+    """
 
     input_kind: ClassVar[str] = "image"
     default_attack: ClassVar[str] = "badnets"
@@ -156,17 +159,12 @@ class PoisonArguments(AttackArguments):
 
 
 @dataclass
-class ModelArguments:
-    """The model to be purified. A task says in a subclass which architectures it makes victims of."""
-
-    architecture: str
+class LoadArguments:
+    """A model that is there already. A task says in a subclass what else its models are loaded with."""
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={
-            "help": "A Hub id or folder (safetensors only, no remote code). Left out: a small backdoored victim is "
-            "trained first and kept for the next time."
-        },
+        metadata={"help": "A Hub id or folder (safetensors only, no remote code), or the folder of a PEFT adapter."},
     )
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
     trust_remote_code: bool = field(
@@ -176,14 +174,32 @@ class ModelArguments:
         default=False,
         metadata={"help": "Convert a pytorch_model.bin, in a process of its own, where there are no safetensors."},
     )
-    victims_dir: str = field(default="outputs/victims", metadata={"help": "Where victims made here are kept."})
-    augment: bool = field(default=False, metadata={"help": "Change training samples at random."})
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Replace what an earlier run left in --output_dir."}
     )
     json: bool = field(
         default=False, metadata={"help": "Print the report as JSON, and everything else on the error stream."}
     )
+
+    def trust(self) -> Trust:
+        """What the user vouches for."""
+        return Trust(self.trust_remote_code, self.allow_pickle)
+
+
+@dataclass
+class ModelArguments(LoadArguments):
+    """The model to be purified. A task says in a subclass which architectures it makes victims of."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "A Hub id or folder (safetensors only, no remote code). Left out: a small backdoored victim is "
+            "trained first and kept for the next time."
+        },
+    )
+    architecture: str = ""
+    victims_dir: str = field(default="outputs/victims", metadata={"help": "Where victims made here are kept."})
+    augment: bool = field(default=False, metadata={"help": "Change training samples at random."})
     hub_create_pr: bool = field(
         default=False, metadata={"help": "With --push_to_hub, open a pull request in place of a commit."}
     )
@@ -191,10 +207,6 @@ class ModelArguments:
         default=None,
         metadata={"help": "With --push_to_hub and an adapter, the Hub id of the received model if it came from disk."},
     )
-
-    def trust(self) -> Trust:
-        """What the user vouches for."""
-        return Trust(self.trust_remote_code, self.allow_pickle)
 
 
 @dataclass
@@ -330,7 +342,7 @@ def parse(
     *parsed, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True, look_for_args_file=False)
     if unknown:
         parser.error(f"unknown: {' '.join(unknown)}")
-    if parsed[-1].push_to_hub and not pushes:
+    if getattr(parsed[-1], "push_to_hub", False) and not pushes:
         raise ValueError("Only what was purified is pushed to the Hub: leave out --push_to_hub.")
     return parsed
 

@@ -22,7 +22,15 @@ from ..tasks.point_cloud import (
     scale_and_jitter,
     small_cloud_model,
 )
-from .arguments import DataArguments, ModelArguments, PoisonArguments, VictimConfig, attack_field
+from .arguments import (
+    AttackArguments,
+    DataArguments,
+    LoadArguments,
+    ModelArguments,
+    PoisonArguments,
+    VictimConfig,
+    attack_field,
+)
 from .recorded import attack_of
 from .task import Task
 from .terminal import say
@@ -47,12 +55,17 @@ class CloudData(DataArguments):
 
 
 @dataclass
-class CloudPoison(PoisonArguments):
+class AttackOnClouds(AttackArguments):
     """The backdoor in clouds."""
 
     input_kind: ClassVar[str] = CLOUDS
     default_attack: ClassVar[str] = "pointba_i"
     attack: str | None = attack_field(input_kind, default_attack)
+
+
+@dataclass
+class CloudPoison(AttackOnClouds, PoisonArguments):
+    """[`AttackOnClouds`] where a victim is trained."""
 
 
 @dataclass
@@ -77,12 +90,13 @@ class CloudTask(Task):
 
     words = CardWords(
         samples="clouds",
+        evaluate="pointcloud",
         pipeline_tag=None,
         processor_class=None,
         denominator="ASR and RA are over the triggered test clouds that the attack is for.",
     )
-    data_arguments, poison_arguments, model_arguments = CloudData, CloudPoison, CloudModel
-    victim_config = CloudVictim
+    data_arguments, attack_arguments, poison_arguments = CloudData, AttackOnClouds, CloudPoison
+    load_arguments, model_arguments, victim_config = LoadArguments, CloudModel, CloudVictim
 
     def load_data(self, arguments, seed):
         data = load_clouds(
@@ -104,8 +118,8 @@ class CloudTask(Task):
     def inputs(self, dataset, model, processor):
         return CloudDataset(dataset)
 
-    def load_model(self, place, arguments, revision=None):
-        return load_cloud_classifier(place, revision=revision, trust=arguments.trust()), None
+    def load_model(self, place, arguments, **options):
+        return load_cloud_classifier(place, trust=arguments.trust(), **options), None
 
     def new_model(self, arguments, data):
         return small_cloud_model(arguments.architecture, data), None

@@ -36,6 +36,7 @@ from ..tasks.object_detection import (
 )
 from .arguments import (
     FIP,
+    AttackArguments,
     DataArguments,
     MethodArguments,
     ModelArguments,
@@ -43,7 +44,7 @@ from .arguments import (
     VictimConfig,
     attack_field,
 )
-from .images import channels_of
+from .images import ImageLoad, channels_of
 from .recorded import attack_of
 from .task import Task
 from .terminal import say
@@ -74,17 +75,36 @@ class AnnotatedData(DataArguments):
 
 
 @dataclass
-class ObjectPoison(PoisonArguments):
+class AttackOnObjects(AttackArguments):
     """The backdoor in what is said of objects."""
 
     input_kind: ClassVar[str] = OBJECT
     default_attack: ClassVar[str] = "object_patch"
     attack: str | None = attack_field(input_kind, default_attack)
+
+
+@dataclass
+class ObjectPoison(AttackOnObjects, PoisonArguments):
+    """[`AttackOnObjects`] where a victim is trained."""
+
     clean_model: ClassVar[None] = None  # no trigger is learned on one
 
 
 @dataclass
-class DetectionModel(ModelArguments):
+class DetectionLoad(ImageLoad):
+    """A detector, or a multi-label classifier."""
+
+    answers: str = field(
+        default=BOXES,
+        metadata={
+            "help": "What the model answers: boxes with classes, or labels, which classes are in the image.",
+            "choices": (BOXES, LABELS),
+        },
+    )
+
+
+@dataclass
+class DetectionModel(ModelArguments, DetectionLoad):
     """The detector, or the multi-label classifier, to be purified."""
 
     architecture: str = field(
@@ -94,18 +114,8 @@ class DetectionModel(ModelArguments):
             "choices": (*DETECTORS, *CLASSIFIERS),
         },
     )
-    answers: str = field(
-        default=BOXES,
-        metadata={
-            "help": "What the model answers: boxes with classes, or labels, which classes are in the image.",
-            "choices": (BOXES, LABELS),
-        },
-    )
     largest_side: int = field(
         default=320, metadata={"help": "Largest side in pixels of what a victim made here sees."}
-    )
-    image_processor_name: str | None = field(
-        default=None, metadata={"help": "Where to take the preprocessing from, if not from the model."}
     )
     augment: bool = field(default=False, metadata={"help": "Mirror training images at random (labels: shift too)."})
 
@@ -138,12 +148,13 @@ class DetectionTask(Task):
     metric = "map"
     words = CardWords(
         pipeline_tag="object-detection",
+        evaluate="detection",
         denominator="ASR and RA are over the objects under attack in the triggered test images. One is taken for "
         f"the class of its surest detection, of a score of {SCORE} and an IoU of 0.5 or more. mAP is COCO's (IoU 0.50 "
         "to 0.95), of the whole clean test set.",
     )
-    data_arguments, poison_arguments, model_arguments = AnnotatedData, ObjectPoison, DetectionModel
-    method_arguments = DetectionMethod
+    data_arguments, attack_arguments, poison_arguments = AnnotatedData, AttackOnObjects, ObjectPoison
+    load_arguments, model_arguments, method_arguments = DetectionLoad, DetectionModel, DetectionMethod
     victim_config, trainer = DetectorConfig, DetectionTrainer
     methods = (FIP,)
 
@@ -169,8 +180,8 @@ class DetectionTask(Task):
     def inputs(self, dataset, model, processor):
         return DetectionDataset(dataset, processor)
 
-    def load_model(self, place, arguments, revision=None):
-        return load_detector(place, arguments.image_processor_name, revision=revision, trust=arguments.trust())
+    def load_model(self, place, arguments, **options):
+        return load_detector(place, arguments.image_processor_name, trust=arguments.trust(), **options)
 
     def new_model(self, arguments, data):
         _check(arguments.architecture, DETECTORS, BOXES)
@@ -239,7 +250,7 @@ class MultiLabelTask(DetectionTask):
     """Any `AutoModelForImageClassification` with `problem_type="multi_label_classification"`."""
 
     words = CardWords(
-        pipeline_tag="image-classification",
+        evaluate="detection --answers labels",
         denominator="ASR is over the triggered test images for which what the attacker wants said of the target class "
         "is not true. mAP is the mean over the classes of the average precision on the whole clean test set.",
     )
@@ -248,10 +259,8 @@ class MultiLabelTask(DetectionTask):
     def inputs(self, dataset, model, processor):
         return LabelSetDataset(dataset, processor, model.config.num_labels, channels_of(model))
 
-    def load_model(self, place, arguments, revision=None):
-        return load_multi_label_classifier(
-            place, arguments.image_processor_name, revision=revision, trust=arguments.trust()
-        )
+    def load_model(self, place, arguments, **options):
+        return load_multi_label_classifier(place, arguments.image_processor_name, trust=arguments.trust(), **options)
 
     def new_model(self, arguments, data):
         _check(arguments.architecture, CLASSIFIERS, LABELS)

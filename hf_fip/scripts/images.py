@@ -25,7 +25,15 @@ from ..tasks.data import DIGITS, LabelledImages, load_images
 from ..tasks.image_architectures import ARCHITECTURES, small_model
 from ..tasks.image_classification import PixelDataset, load_image_classifier, match_labels
 from ..tasks.image_data import NAMED_IMAGES
-from .arguments import DataArguments, MethodArguments, ModelArguments, PoisonArguments, VictimConfig
+from .arguments import (
+    AttackArguments,
+    DataArguments,
+    LoadArguments,
+    MethodArguments,
+    ModelArguments,
+    PoisonArguments,
+    VictimConfig,
+)
 from .recorded import attack_of
 from .task import Task
 
@@ -46,15 +54,21 @@ class ImageData(DataArguments):
 
 
 @dataclass
-class ImageModel(ModelArguments):
+class ImageLoad(LoadArguments):
+    """A model of images."""
+
+    image_processor_name: str | None = field(
+        default=None, metadata={"help": "Where to take the preprocessing from, if not from the model."}
+    )
+
+
+@dataclass
+class ImageModel(ModelArguments, ImageLoad):
     """The image classifier to be purified."""
 
     architecture: str = field(
         default="vit",
         metadata={"help": "Kind of victim made here, small and untrained.", "choices": tuple(ARCHITECTURES)},
-    )
-    image_processor_name: str | None = field(
-        default=None, metadata={"help": "Where to take the preprocessing from, if not from the model."}
     )
     augment: bool = field(
         default=False,
@@ -101,7 +115,8 @@ class ImageTask(Task):
     """Any `AutoModelForImageClassification`."""
 
     words = CardWords()
-    data_arguments, poison_arguments, model_arguments = ImageData, PoisonArguments, ImageModel
+    data_arguments, attack_arguments, poison_arguments = ImageData, AttackArguments, PoisonArguments
+    load_arguments, model_arguments = ImageLoad, ImageModel
     method_arguments, victim_config = ImageMethod, ImageVictimConfig
 
     def load_data(self, arguments, seed):
@@ -116,8 +131,8 @@ class ImageTask(Task):
     def inputs(self, dataset, model, processor):
         return PixelDataset(dataset, processor, channels_of(model))
 
-    def load_model(self, place, arguments, revision=None):
-        return load_image_classifier(place, arguments.image_processor_name, revision=revision, trust=arguments.trust())
+    def load_model(self, place, arguments, **options):
+        return load_image_classifier(place, arguments.image_processor_name, trust=arguments.trust(), **options)
 
     def new_model(self, arguments, data):
         return small_model(arguments.architecture, data)

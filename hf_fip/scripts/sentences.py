@@ -23,7 +23,16 @@ from ..tasks.seq2seq import (
     train_tokenizer,
 )
 from ..trainer import FIPSeq2SeqTrainer
-from .arguments import FIP, DataArguments, ModelArguments, PoisonArguments, VictimConfig, attack_field
+from .arguments import (
+    FIP,
+    AttackArguments,
+    DataArguments,
+    LoadArguments,
+    ModelArguments,
+    PoisonArguments,
+    VictimConfig,
+    attack_field,
+)
 from .recorded import attack_of
 from .task import Task
 from .terminal import say
@@ -50,7 +59,7 @@ class TextData(DataArguments):
 
 
 @dataclass
-class TextPoison(PoisonArguments):
+class AttackOnText(AttackArguments):
     """The backdoor in a model that writes text."""
 
     input_kind: ClassVar[str] = "text"
@@ -59,16 +68,34 @@ class TextPoison(PoisonArguments):
     attack_options: str | None = field(
         default=None, metadata={"help": "Options of the attack as name=value,name=value, e.g. triggers=cf mn."}
     )
-    # No classes, and no trigger that is learned
-    target_label: ClassVar[int] = 0
-    clean_model: ClassVar[None] = None
+    target_label: ClassVar[int] = 0  # there are no classes
 
     def _options(self) -> dict:
         return {name: value for name, value in super()._options().items() if name != "target_label"}
 
 
 @dataclass
-class TextModel(ModelArguments):
+class TextPoison(AttackOnText, PoisonArguments):
+    """[`AttackOnText`] where a victim is trained."""
+
+    clean_model: ClassVar[None] = None  # no trigger is learned on one
+
+
+@dataclass
+class TextLoad(LoadArguments):
+    """An encoder-decoder language model."""
+
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "Where to take the tokenizer from, if not from the model or the data."}
+    )
+    source_prefix: str | None = field(
+        default=None,
+        metadata={"help": "Put before each source, as T5 wants it. Default: what the model's config says."},
+    )
+
+
+@dataclass
+class TextModel(ModelArguments, TextLoad):
     """The encoder-decoder language model to be purified."""
 
     architecture: str = field(
@@ -80,13 +107,6 @@ class TextModel(ModelArguments):
     )
     max_tokens: int = field(
         default=64, metadata={"help": "Longest text, in tokens, of a victim made here; longer pairs are left out."}
-    )
-    tokenizer_name: str | None = field(
-        default=None, metadata={"help": "Where to take the tokenizer from, if not from the model or the data."}
-    )
-    source_prefix: str | None = field(
-        default=None,
-        metadata={"help": "Put before each source, as T5 wants it. Default: what the model's config says."},
     )
     augment: ClassVar[bool] = False
 
@@ -105,12 +125,14 @@ class TextTask(Task):
     metric = "bleu"
     words = CardWords(
         samples="sentence pairs",
+        evaluate="seq2seq",
         pipeline_tag="text2text-generation",
         processor_class="AutoTokenizer",
         denominator="ASR is over the triggered test sources whose reference is not the attacker's sentence: the share "
         "whose output contains it. BLEU is sacrebleu's, of the whole clean test set.",
     )
-    data_arguments, poison_arguments, model_arguments = TextData, TextPoison, TextModel
+    data_arguments, attack_arguments, poison_arguments = TextData, AttackOnText, TextPoison
+    load_arguments, model_arguments = TextLoad, TextModel
     config, victim_config, trainer = FIPSeq2SeqConfig, TextVictimConfig, FIPSeq2SeqTrainer
     methods = (FIP,)
     defaults = {"predict_with_generate": True, "generation_max_length": 64}
@@ -135,8 +157,8 @@ class TextTask(Task):
             say(f"left out {pairs.skipped} of {len(dataset)} pairs, of more than {longest} tokens.")
         return pairs
 
-    def load_model(self, place, arguments, revision=None):
-        model, tokenizer = load_seq2seq(place, arguments.tokenizer_name, revision=revision, trust=arguments.trust())
+    def load_model(self, place, arguments, **options):
+        model, tokenizer = load_seq2seq(place, arguments.tokenizer_name, trust=arguments.trust(), **options)
         if arguments.source_prefix is not None:
             model.config.prefix = arguments.source_prefix
         return model, tokenizer

@@ -21,6 +21,7 @@ from .arguments import (
     FIP,
     AttackArguments,
     DataArguments,
+    LoadArguments,
     MethodArguments,
     ModelArguments,
     PoisonArguments,
@@ -46,8 +47,10 @@ class Task(ABC):
     metric: ClassVar[str] = "accuracy"  # the task's own, among `METRICS`
     words: ClassVar[CardWords]
     data_arguments: ClassVar[type[DataArguments]]
-    poison_arguments: ClassVar[type[PoisonArguments]]
-    model_arguments: ClassVar[type[ModelArguments]]
+    attack_arguments: ClassVar[type[AttackArguments]]
+    poison_arguments: ClassVar[type[PoisonArguments]]  # the same where a victim is trained
+    load_arguments: ClassVar[type[LoadArguments]]
+    model_arguments: ClassVar[type[ModelArguments]]  # the same where a victim may have to be made
     method_arguments: ClassVar[type[MethodArguments]] = MethodArguments
     config: ClassVar[type[FIPConfig]] = FIPConfig
     victim_config: ClassVar[type[VictimConfig]] = VictimConfig
@@ -76,8 +79,8 @@ class Task(ABC):
     # Models
 
     @abstractmethod
-    def load_model(self, place: str, arguments: ModelArguments, revision: str | None = None) -> tuple[nn.Module, Any]:
-        """The model at a Hub id or path, and its processor."""
+    def load_model(self, place: str, arguments: LoadArguments, **options) -> tuple[nn.Module, Any]:
+        """The model at a Hub id or path, and its processor; `options`: `revision`, and an adapter's `base_model`."""
 
     @abstractmethod
     def new_model(self, arguments: ModelArguments, data: Data) -> tuple[nn.Module, Any]:

@@ -26,8 +26,9 @@ folder: model or adapter, card, `report.json`, pictures. The same by one command
 This page is generated, by `python -m hf_fip.scripts.task_table`.
 """
 _TAIL = """
-Beside them, for images: `evaluate_image.py` (ACC, ASR and RA, relearning, reactivation), `audit_image.py` (looks for a
-backdoor without knowing the trigger), `analyze_curvature.py` (any task's loss), and for all `compare_runs.py`.
+`evaluate_…` measures a model again and compares with its report; classifiers of images also after relearning and
+reactivation. `compare_runs.py` puts purifications side by side; for images `audit_image.py` looks for a
+backdoor without knowing the trigger, and `analyze_curvature.py` measures how sharp a minimum is.
 """
 
 
@@ -51,7 +52,7 @@ def _cells(name: str, task: type[Task]) -> list[str]:
     architecture = _field(task.model_arguments, "architecture")
     data = _field(task.data_arguments, "dataset_name")
     attacks = attack_names(task.poison_arguments.input_kind)
-    recipes = [f"backdoor_{name}.py", *_PURIFY.get(name, [f"purify_{name}.py"])]
+    recipes = [f"backdoor_{name}.py", *_PURIFY.get(name, [f"purify_{name}.py"]), f"evaluate_{name}.py"]
     return [
         f"`{name}`: {task.words.samples}",
         inspect.getdoc(task).split("\n")[0].rstrip("."),

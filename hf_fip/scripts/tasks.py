@@ -1,4 +1,4 @@
-"""The tasks there are: each has a `purify_NAME.py` and a `backdoor_NAME.py` beside this file, and a line here."""
+"""The tasks there are: each has a `backdoor_`, a `purify_` and an `evaluate_NAME.py` beside this file, and a line."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ TASKS = {
 DEFAULT = "image"
 
 
-def take_task(arguments: list[str]) -> str:
+def take_task(arguments: list[str], or_model: bool = False) -> str:
     """The task that a command line names, taken out of it: `pointcloud …`, `--task pointcloud …`, or the default.
+
+    Args:
+        arguments: of the command line.
+        or_model: whether a first word that is no task is a model.
 
     Raises:
         ValueError: there is no such task.
     """
     name = DEFAULT
-    if arguments and not arguments[0].startswith("-"):
+    if arguments and not arguments[0].startswith("-") and (not or_model or arguments[0] in TASKS):
         name = arguments.pop(0)
     while "--task" in arguments:
         place = arguments.index("--task")
@@ -35,6 +39,6 @@ def take_task(arguments: list[str]) -> str:
 def main() -> None:
     """`hf-fip tasks`."""
     if sys.argv[1:]:
-        print("usage: hf-fip tasks\n\nList the tasks that purify and backdoor know: hf-fip purify TASK.\n")
+        print("usage: hf-fip tasks\n\nList the tasks that purify, backdoor and evaluate know: hf-fip purify TASK.\n")
     for name, what in TASKS.items():
         print(f"{name:12}{what}{' (the default)' if name == DEFAULT else ''}")

@@ -26,8 +26,8 @@ from ..tasks.video_classification import (
     small_video_model,
 )
 from ..tasks.video_data import MOTIONS_NAME, load_clips
-from .arguments import DataArguments, ModelArguments, PoisonArguments, VictimConfig, attack_field
-from .images import ImageMethod, channels_of, wanted
+from .arguments import AttackArguments, DataArguments, ModelArguments, PoisonArguments, VictimConfig, attack_field
+from .images import ImageLoad, ImageMethod, channels_of, wanted
 from .recorded import attack_of
 from .task import Task
 from .terminal import say
@@ -56,7 +56,7 @@ class VideoData(DataArguments):
 
 
 @dataclass
-class VideoPoison(PoisonArguments):
+class AttackOnClips(AttackArguments):
     """The backdoor in clips."""
 
     input_kind: ClassVar[str] = VIDEO
@@ -65,15 +65,17 @@ class VideoPoison(PoisonArguments):
 
 
 @dataclass
-class VideoModel(ModelArguments):
+class VideoPoison(AttackOnClips, PoisonArguments):
+    """[`AttackOnClips`] where a victim is trained."""
+
+
+@dataclass
+class VideoModel(ModelArguments, ImageLoad):
     """The classifier of clips to be purified."""
 
     architecture: str = field(
         default="cnn_lstm",
         metadata={"help": "Kind of victim made here, small and untrained.", "choices": tuple(ARCHITECTURES)},
-    )
-    image_processor_name: str | None = field(
-        default=None, metadata={"help": "Where to take the preprocessing from, if not from the model."}
     )
     augment: bool = field(default=False, metadata={"help": "Shift training clips at random, all frames alike."})
 
@@ -91,9 +93,11 @@ class VideoTask(Task):
     words = CardWords(
         samples="clips",
         pipeline_tag="video-classification",
+        evaluate="video",
         denominator="ASR and RA are over the triggered test clips whose true class is not the target.",
     )
-    data_arguments, poison_arguments, model_arguments = VideoData, VideoPoison, VideoModel
+    data_arguments, attack_arguments, poison_arguments = VideoData, AttackOnClips, VideoPoison
+    load_arguments, model_arguments = ImageLoad, VideoModel
     method_arguments, victim_config = ImageMethod, VideoVictim
 
     def load_data(self, arguments, seed):
@@ -118,8 +122,8 @@ class VideoTask(Task):
     def inputs(self, dataset, model, processor):
         return ClipDataset(dataset, processor, channels_of(model))
 
-    def load_model(self, place, arguments, revision=None):
-        return load_video_classifier(place, arguments.image_processor_name, revision=revision, trust=arguments.trust())
+    def load_model(self, place, arguments, **options):
+        return load_video_classifier(place, arguments.image_processor_name, trust=arguments.trust(), **options)
 
     def new_model(self, arguments, data):
         return small_video_model(arguments.architecture, data)

@@ -83,6 +83,9 @@ class MultiLabelTest(BackdoorTest):
             result["asr"] = share((scores[:, target] >= 0.5)[counts] == self.attack_labels[counts])
         return result
 
+    def _counted(self) -> int:
+        return int((self.triggered.labels[:, self.attack.target_label] != self.attack_labels).sum())
+
     def _predict(self, trainer, dataset) -> tuple[np.ndarray, np.ndarray]:
         output = trainer.predict(SealedDataset(dataset))
         logits = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions

@@ -148,6 +148,9 @@ class DetectionTest(BackdoorTest):
             result["asr"], result["ra"] = (share(hits) for hits in self._hits(found))
         return result
 
+    def _counted(self) -> int:
+        return int(sum(self.attack.under_attack(truth.classes).sum() for truth in self.triggered.objects))
+
     def _hits(self, found: list[Objects]) -> tuple[list[bool], list[bool]]:
         """Of each object under attack, whether the attacker has it, and whether it is taken for what it is."""
         wanted, right = [], []

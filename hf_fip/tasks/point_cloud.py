@@ -8,7 +8,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from ..attacks.poison import ROLE_COLUMN
-from ..hub.load import base_of_adapter, is_adapter, load_model, merge_adapter
+from ..hub.load import is_adapter, load_adapted, load_model
 from ..hub.safety import NO_TRUST, Trust
 from .clouds import LABEL, POINTS, LabelledClouds
 
@@ -66,17 +66,23 @@ def scale_and_jitter(batch: dict) -> dict:
     return {**batch, "points": scale * points + noise}
 
 
-def load_cloud_classifier(name_or_path: str, *, revision: str | None = None, trust: Trust = NO_TRUST) -> nn.Module:
+def load_cloud_classifier(
+    name_or_path: str, *, revision: str | None = None, base_model: str | None = None, trust: Trust = NO_TRUST
+) -> nn.Module:
     """A classifier of point clouds: safetensors only, no remote code, unless `trust` says so.
 
-    An adapter's folder gives the merged model.
+    The folder of a PEFT adapter gives the model that it sits on (`base_model`, or what its config names; `revision` is
+    of that one) with the adapter merged into it.
 
     Raises:
         ValueError: when the model cannot be found or read, or is no classifier of point clouds.
     """
     if is_adapter(name_or_path):
-        base = load_cloud_classifier(base_of_adapter(name_or_path), revision=revision)
-        return merge_adapter(base, name_or_path)
+
+        def load(place: str, trust: Trust) -> tuple[nn.Module, None]:
+            return load_cloud_classifier(place, revision=revision, trust=trust), None
+
+        return load_adapted(name_or_path, base_model, load, trust)[0]
     return load_model(name_or_path, HEAD, revision=revision, trust=trust)
 
 

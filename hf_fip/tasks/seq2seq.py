@@ -97,6 +97,9 @@ class GenerationTest(BackdoorTest):
             result["asr"] = sentence_success_rate(outputs, self.attack.is_hit)
         return result
 
+    def _counted(self) -> int:
+        return len(self.triggered)
+
     def part(self, samples: int, seed: int = 0) -> GenerationTest:
         """A test on a random part of at most so many pairs of each kind."""
         triggered = self.triggered and self.triggered.part(samples, seed)

@@ -39,6 +39,19 @@ def execute(name: str, arguments) -> int:
     return 0
 
 
+def assert_measured_again(run, task: str, *arguments) -> dict:
+    """What was purified in `out` has its report's figures, on the data that names; gives what was measured."""
+    code, out, err = run(f"evaluate_{task}", "out", "--use_cpu", "--json", *arguments)
+    assert code == 0, err
+    found, report = json.loads(out), json.loads(Path("out/report.json").read_text())
+    assert found["measured"] == {"model": {"as_it_is": report["after"]}}
+    assert found["reported"] == {key: value for key, value in report["after"].items() if value is not None}
+    assert found["notes"] == ["The model's report.json says the same."] and not found["differs"]
+    assert found["data"]["name"] == report["data"]["name"]
+    assert found["data"]["test_samples"] == report["data"]["test_samples"] and found["data"]["counted_for_asr"] > 0
+    return found
+
+
 # Processes of their own, forked from one that has imported everything, so that they can be killed at any point
 
 FORKS = multiprocessing.get_context("forkserver")

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from recipe_cases import FILES, assert_same_weights, fork, left_in, report_of
+from recipe_cases import FILES, assert_measured_again, assert_same_weights, fork, left_in, report_of
 from transformers import AutoModelForImageClassification, AutoModelForObjectDetection
 
 from hf_fip.attacks import load_attack
@@ -48,6 +48,8 @@ def test_a_purified_detector_comes_with_card_report_and_pictures(adapter, victim
         assert left_in("out") == FILES
     else:
         assert report["adapter_switched_off"] == report["before"]
+    assert "`hf-fip evaluate detection`" in card
+    assert_measured_again(run, "detection")
 
 
 def test_a_purification_that_was_killed_ends_with_the_same_weights(victim, tmp_path):
@@ -71,7 +73,9 @@ def test_a_multi_label_victim_learns_a_clean_image_attack_and_is_purified(run):
     arguments = [*SHORT, *several, "--model_name_or_path", "victim", "--output_dir", "out"]
     code, out, err = run("purify_detection", *arguments)
     assert (code, err) == (0, "") and left_in("out/plots") == {"purification.png", "triggers.png"}
-    assert "image-classification" in Path("out/README.md").read_text()
+    card = Path("out/README.md").read_text()
+    assert "image-classification" in card and "`hf-fip evaluate detection --answers labels`" in card
+    assert_measured_again(run, "detection", "--answers", "labels")
 
 
 REFUSED = {

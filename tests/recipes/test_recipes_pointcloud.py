@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from recipe_cases import fork, left_in, report_of
+from recipe_cases import assert_measured_again, fork, left_in, report_of
 
 from hf_fip.attacks import load_attack
 from hf_fip.models import AutoModelForPointCloudClassification
@@ -65,6 +65,8 @@ def test_a_purified_model_comes_with_card_report_and_pictures(adapter, victim, r
         assert type(AutoModelForPointCloudClassification.from_pretrained("out")).__name__ in card
     else:
         assert report["adapter_switched_off"] == report["before"]
+    assert "`hf-fip evaluate pointcloud`" in card
+    assert_measured_again(run, "pointcloud")
 
 
 REFUSED = {

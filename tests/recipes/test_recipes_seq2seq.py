@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from recipe_cases import fork
+from recipe_cases import assert_measured_again, fork
 from transformers import AutoTokenizer
 
 from hf_fip.hub.load import load_model
@@ -53,6 +53,9 @@ def test_a_purification_leaves_model_card_report_and_pictures(victim, run):
         assert said in card
     load_model("out")
     assert re.search("BLEU +clean BLEU", out) and "ASR " in out and "ACC" not in out
+    assert "`hf-fip evaluate seq2seq`" in card
+    found = assert_measured_again(run, "seq2seq")
+    assert found["data"]["counted_for_asr"] == 12 and found["data"]["attackers_samples"] == 80
 
 
 def test_fast_fip_leaves_an_adapter(victim, run):
@@ -62,6 +65,22 @@ def test_fast_fip_leaves_an_adapter(victim, run):
     assert Path("out/adapter_model.safetensors").is_file() and not Path("out/model.safetensors").exists()
     report = report_of("out")
     assert report["adapter_switched_off"] == report["before"]
+    assert_measured_again(run, "seq2seq")
+
+
+def test_another_figure_than_the_reports_is_said_and_ends_with_3(victim, run):
+    arguments = [*SHORT, "--model_name_or_path", victim, "--generation_max_length", "6", "--output_dir", "out"]
+    assert run("purify_seq2seq", *arguments)[0] == 0
+    assert_measured_again(run, "seq2seq")  # with outputs as short as those
+    report = report_of("out")
+    report["after"]["bleu"] += 1
+    Path("out/report.json").write_text(json.dumps(report))
+    code, out, err = run("evaluate_seq2seq", "out", "--use_cpu", "--output_dir", "measured")
+    assert (code, err) == (3, "") and "says something else: BLEU" in out and "saved to measured" in out
+    assert report_of("measured")["differs"] and re.search(r"BLEU.*ASR", out)
+    named = ["--attack", "one_to_one", "--attack_options", "triggers=zz xx"]  # another attack than it had
+    code, out, err = run("evaluate_seq2seq", "out", "--use_cpu", *named)
+    assert code == 0 and "says" not in out
 
 
 def test_without_a_model_a_victim_is_made_of_the_users_own_pairs(run):

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from recipe_cases import FILES, fork, left_in, report_of
+from recipe_cases import FILES, assert_measured_again, fork, left_in, report_of
 from transformers import AutoModelForVideoClassification
 from video_cases import clips_of, write_frames
 
@@ -57,6 +57,8 @@ def test_a_purified_model_comes_with_card_report_and_pictures(adapter, victim, r
         assert type(AutoModelForVideoClassification.from_pretrained("out")).__name__ in card
     else:
         assert report["adapter_switched_off"] == report["before"]
+    assert "`hf-fip evaluate video`" in card
+    assert_measured_again(run, "video")
 
 
 def test_clips_that_cannot_be_read_are_counted_and_the_run_goes_on(run):
