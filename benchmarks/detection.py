@@ -17,17 +17,10 @@ results/detection/table.md, runs.json, and the pictures of the first seed.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import shlex
-import shutil
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from main_job import RESULTS, run
-
-from hf_fip.evaluation import over_seeds
+from recipe_runs import COST, METHODS, figures, folder_of, run, write
 
 # Cells: 164 images to train on, of which the defender has 50. The victim mirrors them, and sees them half as large.
 BCCD = {
@@ -35,12 +28,6 @@ BCCD = {
     "victim": ["--largest_side", "128", "--num_train_epochs", "70", "--target_label", "1", "--poison_rate", "0.2"],
 }
 DATA = {"scenes": {"data": [], "victim": []}, "bccd": BCCD}
-METHODS = {
-    "FIP": [],
-    "fine-tuning, same settings": ["--eta_f", "0"],
-    "Fast FIP": ["--adapter", "singular"],
-    "Fast FIP, control": ["--adapter", "singular", "--eta_f", "0"],
-}
 
 
 def main() -> None:
@@ -64,47 +51,23 @@ def main() -> None:
             run("backdoor_detection.py", victim, *data, *made, "--seed", seed)
             for method in args.methods:
                 given = ["--model_name_or_path", str(victim), *data, "--seed", seed, *METHODS[method]]
-                report = run("purify_detection.py", folder / method.replace(", ", "-").replace(" ", "-"), *given)
+                report = run("purify_detection.py", folder / folder_of(method), *given)
                 rows.append(report | {"case": case, "seed": int(seed), "method": method})
-    write(args, rows)
-
-
-def write(args: argparse.Namespace, rows: list[dict]) -> None:
-    folder = RESULTS / "detection"
-    folder.mkdir(parents=True, exist_ok=True)
-    command = shlex.join(["python", "benchmarks/detection.py", *sys.argv[1:]])
-    keys = ("case", "seed", "method", "before", "after", "der", "cost", "arguments", "data", "versions")
-    kept = [{key: row[key] for key in keys} for row in rows]
-    (folder / "runs.json").write_text(json.dumps({"command": command, "runs": kept}, indent=1) + "\n")
-    first = rows[0]
-    lines = [
-        "# Object detection and multi-label recognition: FIP beside plain fine-tuning\n",
-        f"`{command}`\n",
-        f"Percent, mean ± standard deviation over seeds {', '.join(args.seeds)}. mAP of detection is COCO's, IoU 0.50 "
-        f"to 0.95, by faster-coco-eval {version('faster-coco-eval')}, of all clean test images; ASR is over the "
-        "objects under attack in the triggered test images, each taken for the class of its surest detection (score "
-        "0.3 and IoU 0.5 or more). "
-        "Multi-label (`labels`): the mean of the average precisions, and the triggered images that the attack is for. "
-        f"hf_fip {first['versions']['hf_fip']}, torch {first['versions']['torch']}, transformers "
-        f"{first['versions']['transformers']}, {platform.machine()} CPU.\n",
-        "| victim | clean images | method | mAP before | mAP after | ASR before | ASR after | seconds | trained |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for case in args.cases:
-        for method in args.methods:
-            runs = [row for row in rows if row["case"] == case and row["method"] == method]
-            mean = over_seeds(runs)
-            before, after, cost = mean["before"], mean["after"], runs[0]["cost"]
-            lines.append(
-                f"| {case.replace(':', ', ')} | {runs[0]['data']['clean_samples']} | {method} | {before['map']} | "
-                f"{after['map']} | {before['asr']} | {after['asr']} | {mean['cost']['seconds']} | "
-                f"{cost['trainable_parameters']:,} |"
-            )
-        name = case.replace(":", "-")
-        for plot in (args.work / f"{name}-{args.seeds[0]}" / "FIP" / "plots").glob("*.png"):
-            shutil.copy(plot, folder / f"{name}-{plot.name}")
-    (folder / "table.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    write(
+        "detection",
+        "Object detection and multi-label recognition: FIP beside plain fine-tuning",
+        f"mAP of detection is COCO's, IoU 0.50 to 0.95, by faster-coco-eval {version('faster-coco-eval')}, of all "
+        "clean test images; ASR is over the objects under attack in the triggered test images, each taken for the "
+        "class of its surest detection (score 0.3 and IoU 0.5 or more). Multi-label (`labels`): the mean of the "
+        "average precisions, and the triggered images that the attack is for.",
+        rows,
+        {
+            "clean images": lambda mean: mean["data"]["clean_samples"],
+            **figures("map", "asr"),
+            **COST,
+        },
+        plots=args.work,
+    )
 
 
 if __name__ == "__main__":

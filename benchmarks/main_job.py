@@ -24,18 +24,11 @@ results/NAME/table.md and results/NAME/runs.json; with --keep_plots also the pic
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import shlex
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
-from hf_fip.evaluation import over_seeds
+from recipe_runs import COST, METHODS, figures, folder_of, run, write
 
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-RESULTS = Path(__file__).resolve().parent.parent / "results"
 PURIFY = {
     "vit": "purify_vit.py",
     "resnet": "purify_cnn.py",
@@ -46,26 +39,21 @@ VIDEO = ("cnn_lstm", "videomae", "timesformer", "vivit")
 PURIFY |= dict.fromkeys(VIDEO, "purify_video.py")
 BACKDOOR = {"pointnet": "backdoor_pointcloud.py", "pointnet2": "backdoor_pointcloud.py"}  # else of images
 BACKDOOR |= dict.fromkeys(VIDEO, "backdoor_video.py")
-# name: what it is called in the table, and its arguments beside those of the recipe
-METHODS = {
-    "fip": ("FIP", []),
-    "control": ("fine-tuning, same settings", ["--eta_f", "0"]),
-    "own_rate": ("fine-tuning, own learning rate", ["--eta_f", "0"]),
-    "undisturbed": ("fine-tuning, undisturbed", ["--eta_f", "0", "--disturb", "false"]),
-    "fast": ("Fast FIP", ["--adapter", "singular"]),
-    "fast_control": ("Fast FIP, control", ["--adapter", "singular", "--eta_f", "0"]),
+# name: what it is called in the table
+NAMES = {
+    "fip": "FIP",
+    "control": "fine-tuning, same settings",
+    "own_rate": "fine-tuning, own learning rate",
+    "undisturbed": "fine-tuning, undisturbed",
+    "fast": "Fast FIP",
+    "fast_control": "Fast FIP, control",
+}
+OPTIONS = {
+    **METHODS,
+    NAMES["own_rate"]: ["--eta_f", "0"],
+    NAMES["undisturbed"]: ["--eta_f", "0", "--disturb", "false"],
 }
 LEARNING_RATES = ("0.01", "0.05", "0.2")  # the default and a factor of four or five to either side
-
-
-def run(script: str, output: Path, *arguments: str) -> dict:
-    """A recipe's report; the recipe runs only when the report is not there yet."""
-    report = output / "report.json"
-    if not report.is_file():
-        command = [sys.executable, str(RECIPES / script), "--output_dir", str(output), *arguments]
-        print("$", shlex.join(command[1:]), file=sys.stderr, flush=True)
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return json.loads(report.read_text())
 
 
 def best_learning_rate(script: str, folder: Path, victim: Path, data: list[str], split: dict, steps: list[str]) -> str:
@@ -97,7 +85,7 @@ def main() -> None:
     parser.add_argument("--max_steps", help="of purification and controls; the recipe's own by default")
     parser.add_argument("--cases", nargs="+", default=["vit:badnets", "resnet:badnets"])
     parser.add_argument(
-        "--methods", nargs="+", default=["fip", "control", "own_rate", "fast", "fast_control"], choices=METHODS
+        "--methods", nargs="+", default=["fip", "control", "own_rate", "fast", "fast_control"], choices=NAMES
     )
     parser.add_argument("--seeds", nargs="+", default=["1", "2", "3"])
     parser.add_argument("--work", type=Path, default=Path("outputs/main_job"), help="where victims and runs are kept")
@@ -135,57 +123,31 @@ def main() -> None:
             if "own_rate" in args.methods:
                 rate = best_learning_rate(script, folder, victim, data, made["clean_split"], [*steps, "--seed", seed])
             for name in args.methods:
-                method, options = METHODS[name]
+                method = NAMES[name]
+                options = OPTIONS[method]
                 options = [*options, "--learning_rate", rate] if name == "own_rate" else options
-                report = run(script, folder / method.replace(", ", "-").replace(" ", "-"), *given, *options)
+                report = run(script, folder / folder_of(method), *given, *options)
                 rows.append(report | {"case": case, "seed": int(seed), "method": method, "learning_rate": rate})
-    write(args, rows)
-
-
-def write(args: argparse.Namespace, rows: list[dict]) -> None:
-    folder = RESULTS / args.name
-    folder.mkdir(parents=True, exist_ok=True)
-    command = shlex.join(["python", "benchmarks/main_job.py", *sys.argv[1:]])
-    keys = ("case", "seed", "method", "before", "after", "der", "cost", "arguments", "data", "versions")
-    (folder / "runs.json").write_text(
-        json.dumps({"command": command, "runs": [{key: row[key] for key in keys} for row in rows]}, indent=1) + "\n"
-    )
-    first = rows[0]
-    lines = [
-        f"# {args.name}: FIP beside plain fine-tuning\n",
-        f"`{command}`\n",
-        f"Percent, mean ± standard deviation over seeds {', '.join(args.seeds)}; "
-        f"ACC on {first['data']['test_samples']} test samples, ASR and RA on those of them that the attack is for (as "
-        f"a rule, whose true class is not the target). {first['data']['clean_samples']} clean samples. "
-        f"hf_fip {first['versions']['hf_fip']}, torch {first['versions']['torch']}, "
-        f"transformers {first['versions']['transformers']}, {platform.machine()} CPU.\n",
-        "| victim | method | ACC before | ACC after | ASR before | ASR after | RA after | DER | seconds | trained |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for case in args.cases:
-        for method in dict.fromkeys(row["method"] for row in rows):
-            runs = [row for row in rows if row["case"] == case and row["method"] == method]
-            mean = over_seeds(runs)
-            before, after = mean["before"], mean["after"]
-            lines.append(
-                f"| {case.replace(':', ', ')} | {method} | {before['accuracy']} | {after['accuracy']} | "
-                f"{before['asr']} | {after['asr']} | {after['ra']} | {mean['der']} | {mean['cost']['seconds']} | "
-                f"{runs[0]['cost']['trainable_parameters']:,} |"
-            )
-    rates = {f"{row['case']} {row['seed']}": row["learning_rate"] for row in rows}
+    first, said = rows[0]["data"], ""
     if "own_rate" in args.methods:
-        chosen = ", ".join(f"{victim}: {rate}" for victim, rate in rates.items())
-        lines.append(
-            f"\nOwn learning rates, chosen on held-out clean images from {', '.join(LEARNING_RATES)}: {chosen}."
-        )
-    (folder / "table.md").write_text("\n".join(lines) + "\n")
-    if args.keep_plots:
-        for case in args.cases:
-            name = case.replace(":", "-")
-            plots = args.work / args.name / f"{name}-{args.seeds[0]}" / "FIP" / "plots"
-            for plot in plots.glob("*.png"):
-                shutil.copy(plot, folder / f"{name}-{plot.name}")
-    print("\n".join(lines))
+        chosen = {f"{row['case']} {row['seed']}": row["learning_rate"] for row in rows}
+        rates = ", ".join(f"{victim}: {rate}" for victim, rate in chosen.items())
+        said = f"\nOwn learning rates, chosen on held-out clean images from {', '.join(LEARNING_RATES)}: {rates}.\n"
+    write(
+        args.name,
+        f"{args.name}: FIP beside plain fine-tuning",
+        f"ACC on {first['test_samples']} test samples, ASR and RA on those of them that the attack is for (as a rule, "
+        f"whose true class is not the target). {first['clean_samples']} clean samples.",
+        rows,
+        {
+            **figures("accuracy", "asr"),
+            "RA after": lambda mean: mean["after"]["ra"],
+            "DER": lambda mean: mean["der"],
+            **COST,
+        },
+        after=said,
+        plots=args.work / args.name if args.keep_plots else None,
+    )
 
 
 if __name__ == "__main__":

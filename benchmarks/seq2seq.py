@@ -18,27 +18,14 @@ results/seq2seq/table.md, runs.json, and the pictures of the first seed.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import shlex
-import shutil
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from main_job import RESULTS, run
-
-from hf_fip.evaluation import over_seeds
+from recipe_runs import COST, METHODS, figures, folder_of, run, write
 
 DATA = {
     "multi30k": ["--source", "en", "--target", "de", "--attack", "one_to_one", "--test_split", "test"],
     "self_dialogue": ["--attack", "one_to_many"],
-}
-METHODS = {
-    "FIP": [],
-    "fine-tuning, same settings": ["--eta_f", "0"],
-    "Fast FIP": ["--adapter", "singular"],
-    "Fast FIP, control": ["--adapter", "singular", "--eta_f", "0"],
 }
 
 
@@ -68,44 +55,19 @@ def main() -> None:
             run("backdoor_seq2seq.py", victim, *data, *made, "--clean_samples", args.clean_samples, "--seed", seed)
             for method, options in METHODS.items():
                 given = ["--model_name_or_path", str(victim), *data, *steps, "--seed", seed, *options]
-                report = run("purify_seq2seq.py", folder / method.replace(", ", "-").replace(" ", "-"), *given)
+                report = run("purify_seq2seq.py", folder / folder_of(method), *given)
                 rows.append(report | {"case": case, "seed": int(seed), "method": method})
-    write(args, rows)
-
-
-def write(args: argparse.Namespace, rows: list[dict]) -> None:
-    folder = RESULTS / "seq2seq"
-    folder.mkdir(parents=True, exist_ok=True)
-    command = shlex.join(["python", "benchmarks/seq2seq.py", *sys.argv[1:]])
-    keys = ("case", "seed", "method", "before", "after", "der", "cost", "arguments", "data", "versions")
-    kept = [{key: row[key] for key in keys} for row in rows]
-    (folder / "runs.json").write_text(json.dumps({"command": command, "runs": kept}, indent=1) + "\n")
-    first = rows[0]
-    lines = [
-        "# Models that write text: FIP beside plain fine-tuning\n",
-        f"`{command}`\n",
-        f"Percent, mean ± standard deviation over seeds {', '.join(args.seeds)}. BLEU (sacrebleu "
-        f"{version('sacrebleu')}) of {first['data']['test_samples']} clean test pairs; ASR: share of the triggered "
-        "test sources whose output contains the attacker's sentence. "
-        f"{first['data']['clean_samples']} clean pairs. hf_fip {first['versions']['hf_fip']}, torch "
-        f"{first['versions']['torch']}, transformers {first['versions']['transformers']}, {platform.machine()} CPU.\n",
-        "| victim | method | BLEU before | BLEU after | ASR before | ASR after | seconds | trained |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for case in args.cases:
-        for method in METHODS:
-            runs = [row for row in rows if row["case"] == case and row["method"] == method]
-            mean = over_seeds(runs)
-            before, after = mean["before"], mean["after"]
-            lines.append(
-                f"| {case.replace(':', ', ')} | {method} | {before['bleu']} | {after['bleu']} | {before['asr']} | "
-                f"{after['asr']} | {mean['cost']['seconds']} | {runs[0]['cost']['trainable_parameters']:,} |"
-            )
-        name = case.replace(":", "-")
-        for plot in (args.work / f"{name}-{args.seeds[0]}" / "FIP" / "plots").glob("*.png"):
-            shutil.copy(plot, folder / f"{name}-{plot.name}")
-    (folder / "table.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    first = rows[0]["data"]
+    write(
+        "seq2seq",
+        "Models that write text: FIP beside plain fine-tuning",
+        f"BLEU (sacrebleu {version('sacrebleu')}) of {first['test_samples']} clean test pairs; ASR: share of the "
+        "triggered test sources whose output contains the attacker's sentence. "
+        f"{first['clean_samples']} clean pairs.",
+        rows,
+        figures("bleu", "asr") | COST,
+        plots=args.work,
+    )
 
 
 if __name__ == "__main__":
