@@ -17,7 +17,13 @@ from . import purification
 from .sentences import TextTask
 
 # Of the development victim on the toy corpus: at 0.05 neither FIP nor plain fine-tuning changes what it writes.
-LEARNING_RATE = 0.3
+FIP_SETTINGS = {
+    "learning_rate": 0.3,
+    "max_steps": 400,
+    "per_device_train_batch_size": 32,
+    "eta_f": 0.5,
+    "disturb": True,
+}
 
 
 def main() -> None:
@@ -25,7 +31,7 @@ def main() -> None:
     purification.main(
         TextTask(),
         __doc__,
-        fip={"max_steps": 400, "per_device_train_batch_size": 32, "learning_rate": LEARNING_RATE, "eta_f": 0.5},
+        fip=FIP_SETTINGS,
         fast_fip={"max_steps": 600},
         output_dir="outputs/purify_seq2seq",
     )

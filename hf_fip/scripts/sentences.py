@@ -11,6 +11,7 @@ from ..config import FIPSeq2SeqConfig
 from ..hub.card import CardWords
 from ..plots_text import plot_answers
 from ..tasks.pairs import TOY, load_pairs
+from ..tasks.sentence_augmentation import stray_words
 from ..tasks.seq2seq import (
     ARCHITECTURES,
     GenerationTest,
@@ -28,6 +29,7 @@ from .arguments import (
     AttackArguments,
     DataArguments,
     LoadArguments,
+    MethodArguments,
     ModelArguments,
     PoisonArguments,
     VictimConfig,
@@ -112,6 +114,19 @@ class TextModel(ModelArguments, TextLoad):
 
 
 @dataclass
+class TextMethod(MethodArguments):
+    """What the backdoor is taken out by."""
+
+    disturb: bool = field(
+        default=False,
+        metadata={
+            "help": "Put a stray word of random tokens into half of the clean sources while purifying, with the same "
+            "targets. On by default (--disturb false)."
+        },
+    )
+
+
+@dataclass
 class TextVictimConfig(VictimConfig, FIPSeq2SeqConfig):
     """[`VictimConfig`] of a model that writes text."""
 
@@ -132,7 +147,7 @@ class TextTask(Task):
         "whose output contains it. BLEU is sacrebleu's, of the whole clean test set.",
     )
     data_arguments, attack_arguments, poison_arguments = TextData, AttackOnText, TextPoison
-    load_arguments, model_arguments = TextLoad, TextModel
+    load_arguments, model_arguments, method_arguments = TextLoad, TextModel, TextMethod
     config, victim_config, trainer = FIPSeq2SeqConfig, TextVictimConfig, FIPSeq2SeqTrainer
     methods = (FIP,)
     defaults = {"predict_with_generate": True, "generation_max_length": 64}
@@ -173,6 +188,9 @@ class TextTask(Task):
 
     def trainer_options(self, model, processor):
         return {"data_collator": collator(model, processor)}
+
+    def disturbance(self, arguments, data, model, processor):
+        return stray_words(processor, longest_text(model, processor)) if arguments.disturb else None
 
     def attack(self, arguments, model_folder, data):
         return attack_of(arguments, model_folder, num_labels=1)
