@@ -120,7 +120,7 @@ class TextMethod(MethodArguments):
     disturb: bool = field(
         default=False,
         metadata={
-            "help": "Put a stray word of random tokens into half of the clean sources while purifying, with the same "
+            "help": "Put a stray word of random tokens into each clean source while purifying, and leave the "
             "targets. On by default (--disturb false)."
         },
     )

@@ -10,12 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from .augmentation import Transform
 
-_PROBABILITY = 0.5  # of a sentence to get a stray word
 _MOST = 3  # tokens of a stray word
 
 
 def stray_words(tokenizer: PreTrainedTokenizerBase, longest: float = math.inf) -> Transform:
-    """Puts a word of one to three random tokens at a random place into half of the sources; targets stay.
+    """Puts a word of one to three random tokens at a random place into each source; targets stay.
 
     A model that writes the same all the same obeys no single word, whatever a trigger may be. Source: random insertion
     as in Wei and Zou, *EDA: Easy Data Augmentation Techniques*, EMNLP 2019, with any tokens in place of synonyms.
@@ -41,8 +40,7 @@ def stray_words(tokenizer: PreTrainedTokenizerBase, longest: float = math.inf) -
         first = torch.where(inside, position, length).amin(1)
         last = torch.where(inside, position, -1).amax(1)
         most = (longest - mask.sum(1)).clamp(0, _MOST)
-        size = (torch.rand(count, device=device) * most).ceil().long()
-        size *= (torch.rand(count, device=device) < _PROBABILITY) & inside.any(1)
+        size = (torch.rand(count, device=device) * most).ceil().long() * inside.any(1)
         place = first + (torch.rand(count, device=device) * (last - first + 2)).long()
         stray = words.to(device)[torch.randint(len(words), (count, length + _MOST), device=device)]
         tokens = _insert(tokens, stray, place, size, padding)
