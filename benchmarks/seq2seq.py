@@ -8,6 +8,7 @@ recipes/backdoor_seq2seq.py and kept; then, with the clean pairs that it never s
 
     FIP                recipes/purify_seq2seq.py as it is
     fine-tuning        the same with --eta_f 0: same optimiser, steps and data
+    ..., undisturbed   that without stray words in the sources
     Fast FIP           the same with --adapter singular
     Fast FIP, control  that with --eta_f 0
 
@@ -29,12 +30,16 @@ DATA = {
 }
 
 
+METHODS = METHODS | {"fine-tuning, undisturbed": ["--eta_f", "0", "--disturb", "false"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--multi30k", default="multi30k_en_de", help="folder of the translation data")
     parser.add_argument("--self_dialogue", default="self_dialogue", help="folder of the dialogues")
     parser.add_argument("--cases", nargs="+", default=[f"{data}:{kind}" for data in DATA for kind in ("lstm", "conv")])
     parser.add_argument("--seeds", nargs="+", default=["1", "2", "3"])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--max_train_samples", default="8000")
     parser.add_argument("--max_test_samples", default="300")
     parser.add_argument("--clean_samples", default="1000")
@@ -53,8 +58,8 @@ def main() -> None:
             victim = folder / "victim"
             made = ["--architecture", architecture, "--num_train_epochs", args.victim_epochs]
             run("backdoor_seq2seq.py", victim, *data, *made, "--clean_samples", args.clean_samples, "--seed", seed)
-            for method, options in METHODS.items():
-                given = ["--model_name_or_path", str(victim), *data, *steps, "--seed", seed, *options]
+            for method in args.methods:
+                given = ["--model_name_or_path", str(victim), *data, *steps, "--seed", seed, *METHODS[method]]
                 report = run("purify_seq2seq.py", folder / folder_of(method), *given)
                 rows.append(report | {"case": case, "seed": int(seed), "method": method})
     first = rows[0]["data"]
