@@ -19,8 +19,10 @@ SEEDS = (1, 2, 3)
 RELEASED_WEIGHTS = (0.5, 0.005)  # the released default, and what its author advises
 RATES = (0.01, 0.05, 0.2)  # of plain fine-tuning with its own learning rate
 DISTURBED = ("ft", "ft_sam", "nad", "fst")  # baselines that are also given FIP's disturbances
+OWN_RATE = "fine-tuning, own rate"
 FEW = ("FIP", "FIP, control (eta_f 0)", "Fast FIP", "ft", "ft, disturbed", "nad, disturbed")
-BASELINES = ("ft", "ft_sam", "nad", "fst", "nft", "clp", "anp", "i_bau", "rnp", "awm")
+BASELINES = ("ft", "ft_sam", "nad", "fst", "i_bau")
+OF_CHANNELS = ("nft", "clp", "anp", "rnp", "awm")  # mask the channels or kernels of convolutional networks
 # What 8×8 pixels of gray need otherwise than the attacks' defaults (see benchmarks/attacks.py).
 DIGITS_ATTACKS = {
     "badnets": (),
@@ -75,10 +77,11 @@ def purifiers(places: Places, family: str, augment: bool) -> list[Method]:
         Method("FIP, control (eta_f 0)", arguments=fip(family, eta_f=0.0), **ours),
         Method("FIP, undisturbed", arguments=fip(family), **shared),
         Method("control, undisturbed", arguments=fip(family, eta_f=0.0), **shared),
-        Method("fine-tuning, own rate", arguments=fip(family, eta_f=0.0), learning_rates=RATES, **shared),
+        Method(OWN_RATE, arguments=fip(family, eta_f=0.0), learning_rates=RATES, **shared),
         Method("Fast FIP", arguments=fast_fip(family), adapter=True, **ours),
         Method("Fast FIP, control (eta_f 0)", arguments=fast_fip(family, eta_f=0.0), adapter=True, **ours),
         *(Method(name, name, **shared) for name in BASELINES),
+        *(Method(name, name, **shared) for name in OF_CHANNELS if family == "resnet"),
         *(Method(f"{name}, disturbed", name, **ours) for name in DISTURBED),
     ]
     if places.released_code and family == "resnet":
@@ -104,7 +107,7 @@ def digits_benign(places: Places) -> list[Cell]:
     return [
         Cell(Victim(DIGITS, family, "none", seed), method)
         for family in ("resnet", "vit")
-        for method in purifiers(places, family, augment=False)
+        for method in _few(purifiers(places, family, augment=False), OWN_RATE)
         for seed in SEEDS
     ]
 
@@ -165,9 +168,9 @@ def _four_attacks(places: Places, **what) -> list[Cell]:
     ]
 
 
-def _few(methods: list[Method]) -> list[Method]:
-    """FIP, Fast FIP, the control and the strongest baselines, for suites that vary something else."""
-    return [method for method in methods if method.name in FEW]
+def _few(methods: list[Method], *others: str) -> list[Method]:
+    """FIP, Fast FIP, the control and the strongest baselines, for suites that vary something else; and others."""
+    return [method for method in methods if method.name in (*FEW, *others)]
 
 
 def cifar10(places: Places) -> list[Cell]:
