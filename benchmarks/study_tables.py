@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import textwrap
 from collections import defaultdict
 from pathlib import Path
 
@@ -176,7 +177,7 @@ def _draw(path: Path, rows: list[dict], title: str) -> None:
         means[name] = sorted(complete.items(), key=lambda pair: pair[1]["der"].mean)
     longest = max(map(len, means.values()))
     with figure(path, 5.6 * len(means), 1.4 + 0.24 * longest, layout="constrained") as drawn:
-        drawn.suptitle(title, fontsize=10)
+        drawn.suptitle(textwrap.fill(title, 60 * len(means)), fontsize=10)
         axes = drawn.subplots(1, 2 * len(means), squeeze=False)[0]
         for (name, methods), lost, asr in zip(means.items(), axes[::2], axes[1::2], strict=True):
             for place, (method, mean) in enumerate(methods):
