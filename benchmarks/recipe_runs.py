@@ -56,8 +56,8 @@ def write(
         name: of the folder under results/.
         title, said: head of the table, and what its figures are.
         rows: reports, with `case`, `seed` and `method`.
-        columns: heading, and the cell made of `over_seeds` of the rows of one case and method; `cost` and `data` are
-            those of the first of them.
+        columns: heading, and the cell made of `over_seeds` of the rows of one case and method, with `data` and the
+            numbers `trained` of the first of them, and how many `runs` they are.
         after: what stands below the table.
         plots: the folder of victims and runs, CASE-SEED, if the first seed's pictures of FIP are to be copied.
     """
@@ -79,9 +79,11 @@ def write(
     for case in dict.fromkeys(row["case"] for row in rows):
         for method in dict.fromkeys(row["method"] for row in rows):
             ones = [row for row in rows if row["case"] == case and row["method"] == method]
+            if not ones:
+                continue
             mean = over_seeds(ones)
             mean["trained"] = f"{ones[0]['cost']['trainable_parameters']:,}"
-            mean["data"] = ones[0]["data"]
+            mean["data"], mean["runs"] = ones[0]["data"], len(ones)
             cells = " | ".join(str(cell(mean)) for cell in columns.values())
             lines.append(f"| {case.replace(':', ', ')} | {method} | {cells} |")
         if plots is not None:
