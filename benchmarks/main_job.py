@@ -27,7 +27,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from recipe_runs import COST, METHODS, figures, folder_of, run, write
+from recipe_runs import COST, METHODS, UNDISTURBED, figures, folder_of, run, write
 
 PURIFY = {
     "vit": "purify_vit.py",
@@ -48,11 +48,7 @@ NAMES = {
     "fast": "Fast FIP",
     "fast_control": "Fast FIP, control",
 }
-OPTIONS = {
-    **METHODS,
-    NAMES["own_rate"]: ["--eta_f", "0"],
-    NAMES["undisturbed"]: ["--eta_f", "0", "--disturb", "false"],
-}
+OPTIONS = METHODS | UNDISTURBED | {NAMES["own_rate"]: ["--eta_f", "0"]}
 LEARNING_RATES = ("0.01", "0.05", "0.2")  # the default and a factor of four or five to either side
 
 

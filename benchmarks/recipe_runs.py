@@ -24,6 +24,7 @@ METHODS = {
     "Fast FIP": ["--adapter", "singular"],
     "Fast FIP, control": ["--adapter", "singular", "--eta_f", "0"],
 }
+UNDISTURBED = {"fine-tuning, undisturbed": ["--eta_f", "0", "--disturb", "false"]}  # where the recipe disturbs
 
 
 def run(script: str, output: Path, *arguments: str) -> dict:

@@ -22,7 +22,7 @@ import argparse
 from importlib.metadata import version
 from pathlib import Path
 
-from recipe_runs import COST, METHODS, figures, folder_of, run, write
+from recipe_runs import COST, METHODS, UNDISTURBED, figures, folder_of, run, write
 
 DATA = {
     "multi30k": ["--source", "en", "--target", "de", "--attack", "one_to_one", "--test_split", "test"],
@@ -30,7 +30,7 @@ DATA = {
 }
 
 
-METHODS = METHODS | {"fine-tuning, undisturbed": ["--eta_f", "0", "--disturb", "false"]}
+OPTIONS = METHODS | UNDISTURBED
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--self_dialogue", default="self_dialogue", help="folder of the dialogues")
     parser.add_argument("--cases", nargs="+", default=[f"{data}:{kind}" for data in DATA for kind in ("lstm", "conv")])
     parser.add_argument("--seeds", nargs="+", default=["1", "2", "3"])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=list(OPTIONS), choices=OPTIONS)
     parser.add_argument("--max_train_samples", default="8000")
     parser.add_argument("--max_test_samples", default="300")
     parser.add_argument("--clean_samples", default="1000")
@@ -63,9 +63,11 @@ def main() -> None:
             for method in args.methods:
                 if args.made_only and not (folder / folder_of(method) / "report.json").is_file():
                     continue
-                given = ["--model_name_or_path", str(victim), *data, *steps, "--seed", seed, *METHODS[method]]
+                given = ["--model_name_or_path", str(victim), *data, *steps, "--seed", seed, *OPTIONS[method]]
                 report = run("purify_seq2seq.py", folder / folder_of(method), *given)
                 rows.append(report | {"case": case, "seed": int(seed), "method": method})
+    if not rows:
+        raise SystemExit(f"No run has ended under {args.work} yet.")
     first = rows[0]["data"]
     write(
         "seq2seq",
