@@ -40,7 +40,7 @@ from ..tasks.data import LabelledImages, split_clean
 from ..tasks.image_classification import PixelDataset, load_image_classifier, match_labels
 from .arguments import AttackArguments, HelpFormatter, Parser
 from .images import ImageData, channels_of, images_of, reading
-from .recorded import attack_of, recorded_split
+from .recorded import attack_of, recorded_split, report_in, victim_of
 from .run_folder import RunFolder, write_json
 from .terminal import say
 
@@ -102,7 +102,7 @@ def analyze_curvature(
     given.pop("json", None)
     folder = RunFolder(arguments.output_dir, given, overwrite=arguments.overwrite_output_dir)
     models = {"model": place} if arguments.vs is None else {"received": arguments.vs, "purified": place}
-    source = arguments.vs or _victim_of(place)
+    source = arguments.vs or victim_of(report_in(place), place)
     recorded = recorded_split(source)
     split_seed = next(s for s in (data.split_seed, recorded and recorded["seed"], arguments.seed) if s is not None)
     images = images_of(data, split_seed)
@@ -154,15 +154,6 @@ def analyze_curvature(
         "error over the random probes. Compare with a benign model of the same kind: curvature alone proves nothing."
     )
     say(f"saved to {arguments.output_dir}: {REPORT_NAME}" + (", plots/" if lines or arguments.density_runs else ""))
-
-
-def _victim_of(place: str) -> str:
-    """The folder of the victim that a model was purified from, if its report names one; else its own place."""
-    try:
-        victim = json.loads((Path(place) / REPORT_NAME).read_text(encoding="utf-8"))["model"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return place
-    return victim if isinstance(victim, str) and Path(victim).is_dir() else place
 
 
 def _clean(images: LabelledImages, data: ImageData, split_seed: int) -> tuple[str, Dataset]:

@@ -26,10 +26,10 @@ from ..evaluation.backdoor import BackdoorTest
 from ..evaluation.metrics import METRICS
 from ..hub.card import REPORT_NAME
 from ..hub.report import non_default, versions
-from ..hub.safety import LONGEST_REPORT, admit, read_object
+from ..hub.safety import admit
 from ..tasks.data import split_clean
 from .arguments import COMMON_DEFAULTS, AttackArguments, DataArguments, LoadArguments, parse
-from .recorded import attack_folder, recorded_split
+from .recorded import attack_folder, recorded_split, report_in, victim_of
 from .run_folder import RunFolder, write_json
 from .task import Data, Task
 from .terminal import say, show_progress
@@ -180,7 +180,7 @@ def _report(task, data_arguments, attack_arguments, loading, evaluation, measuri
         folder = admit(place, revision=loading.model_revision, trust=loading.trust())
     except ValueError as error:
         raise ValueError(f"No model at {place!r}: {error}") from error
-    purification = _object_in(folder / REPORT_NAME)
+    purification = report_in(folder)
     as_reported = _take_data(data_arguments, purification)
     source = _attack_source(evaluation, folder, purification)
     recorded = recorded_split(source)
@@ -232,8 +232,7 @@ def _attack_source(evaluation: EvaluationArguments, folder: Path, purification: 
         raise ValueError(f"--attack_from {given}: there is no {CONFIG_NAME}.")
     if given is not None or attack_folder(folder) is not None:
         return given or str(folder)
-    victim = purification.get("model")
-    return victim if isinstance(victim, str) and Path(victim).is_dir() else str(folder)
+    return victim_of(purification, str(folder))
 
 
 def _seed_of_split(data: DataArguments, purification: dict, recorded: dict | None, otherwise: int) -> int:
@@ -241,14 +240,6 @@ def _seed_of_split(data: DataArguments, purification: dict, recorded: dict | Non
     split_seed = purification.get("split_seed")
     seeds = (data.split_seed, recorded and recorded["seed"], split_seed, purification.get("seed"), otherwise)
     return next(seed for seed in seeds if isinstance(seed, int))
-
-
-def _object_in(file: Path) -> dict:
-    """What a file holds; nothing, if it is not there or holds no JSON object."""
-    try:
-        return read_object(file, LONGEST_REPORT)
-    except ValueError:
-        return {}
 
 
 def _take_data(data: DataArguments, purification: dict) -> bool:

@@ -1,4 +1,4 @@
-"""What the folder of a victim made here tells: its attack, and the clean split that it never saw."""
+"""What the folder of a model made here tells: its victim, the attack, and the clean split that was never seen."""
 
 from __future__ import annotations
 
@@ -45,6 +45,20 @@ def attack_folder(model_folder: str) -> Path | None:
     return next((place for place in places if (place / CONFIG_NAME).is_file()), None)
 
 
+def report_in(folder: str | Path | None) -> dict:
+    """What the report in a folder says; nothing, if there is none, or no JSON object."""
+    try:
+        return read_object(Path(folder or "") / REPORT_NAME, LONGEST_REPORT)
+    except ValueError:
+        return {}
+
+
+def victim_of(report: dict, otherwise: str) -> str:
+    """The folder of the victim that a model was purified from, if its report names one."""
+    victim = report.get("model")
+    return victim if isinstance(victim, str) and Path(victim).is_dir() else otherwise
+
+
 def recorded_split(model_folder: str | None) -> dict | None:
     """The clean split that a victim made here was trained without; None when the model's folder tells of none.
 
@@ -53,12 +67,12 @@ def recorded_split(model_folder: str | None) -> dict | None:
     Raises:
         ValueError: when report.json tells of one, in other terms.
     """
-    path = Path(model_folder or "") / REPORT_NAME
-    try:
-        split = read_object(path, LONGEST_REPORT)["clean_split"]
-    except (ValueError, KeyError):
+    report = report_in(model_folder)
+    if "clean_split" not in report:
         return None
+    split = report["clean_split"]
     try:
         return {"data": str(split["data"]), **{key: int(split[key]) for key in ("seed", "samples", "out_of")}}
     except (ValueError, KeyError, TypeError) as error:
+        path = Path(model_folder or "") / REPORT_NAME
         raise ValueError(f"{path}: clean_split is not that of a victim trained by this version of hf_fip.") from error
