@@ -1,6 +1,6 @@
 """The study: victims × purifiers × seeds, one row a run, tables and pictures from the rows.
 
-    python benchmarks/study.py --suite digits                       (what `make study-small` runs, with published)
+    python benchmarks/study.py --suite digits                       (what `make study-small` runs, with digits_benign)
     python benchmarks/study.py --suite cifar10 --cifar10 path/to/cifar10
     python benchmarks/study.py --suite published --cifar10 path/to/cifar10 --victims path/to/victims
     python benchmarks/study.py --suite digits --tables_only

@@ -3,7 +3,7 @@
 https://github.com/nazmul-karim170/FIP-Fisher-Backdoor-Removal: its `src/Regularizer.py` is imported as it is and makes
 every update; its training loop needs CUDA and torchvision's CIFAR-10, so the loop here does what that one does (2,000
 batches of 128, drawn with replacement, learning rate 0.005). Its diagonal of the Fisher is left out: the loss does not
-read it. See results/README.md for what this code computes.
+read it. What it calls a trace is the gradient of the mean log-likelihood times Gaussian noise: zero on average.
 """
 
 from __future__ import annotations

@@ -13,8 +13,15 @@ from .processes import are_on_cpu
 TRACE_FORMS = ("log_trace", "trace")
 SCHEDULES = ("linear", "constant", "cosine")
 
-# What Fast FIP wants otherwise: shifts of singular values are few, and each of them moves a whole direction.
-FAST_FIP = {"eta_f": 0.01, "max_loss_rise": 0.75, "learning_rate": 0.5, "warmup_steps": 0.1}
+# What Fast FIP wants otherwise. Shifts of singular values are few, each of them moves a whole direction, and the
+# gradients of large and small ones are of very different sizes: Adam moves each by a like share of itself.
+FAST_FIP = {
+    "optim": "adamw_torch",
+    "learning_rate": 0.2,
+    "warmup_steps": 0.1,
+    "eta_f": 0.01,
+    "max_loss_rise": 0.75,
+}
 
 
 @dataclass

@@ -41,7 +41,7 @@ def move_shifts(model: nn.Module, size: float = 0.3, seed: int = 0) -> None:
     for layer in layers(model).values():
         for name, delta in layer.singular_delta.items():
             noise = torch.randn(delta.shape, generator=generator).to(delta)
-            delta.data.copy_(size * layer.basis[name].sigma.mean() * noise)
+            delta.data.copy_(size * noise if layer.relative[name] else size * layer.basis[name].sigma.mean() * noise)
 
 
 def shifts(model: nn.Module) -> dict[str, Tensor]:
@@ -55,13 +55,14 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 # ---- The naive reference: W' made from torch's own SVD, and put in the place of W ----
 
 
-def dense(matrix: Tensor, shifted: list[tuple[Tensor, float]]) -> Tensor:
-    """W + Σ U diag(ReLU(σ + scale · δ) − σ) Vᵀ over adapters (δ, scale), in float64."""
+def dense(matrix: Tensor, shifted: list[tuple[Tensor, float, bool]]) -> Tensor:
+    """W + Σ U diag(ReLU(σ + scale · δ) − σ) Vᵀ over adapters (δ, scale, whether δ is times σ), in float64."""
     u, sigma, vt = REAL_SVD(matrix.detach().double(), full_matrices=False)
     total = matrix.detach().double()
-    for delta, scale in shifted:
+    for delta, scale, relative in shifted:
         rank = delta.shape[-1]
-        values = (sigma[..., :rank] + scale * delta.double()).clamp_min(0.0) - sigma[..., :rank]
+        unit = scale * sigma[..., :rank] if relative else scale
+        values = (sigma[..., :rank] + unit * delta.double()).clamp_min(0.0) - sigma[..., :rank]
         total = total + (u[..., :rank] * values.unsqueeze(-2)) @ vt[..., :rank, :]
     return total.to(matrix.dtype)
 
@@ -71,7 +72,11 @@ def dense_weights(received: nn.Module, adapted: nn.Module, names: list[str]) -> 
     weights = {}
     for name, layer in layers(adapted).items():
         base = received.get_submodule(name)
-        shifted = [(layer.singular_delta[a], layer.scale[a]) for a in names if a in layer.singular_delta]
+        shifted = [
+            (delta, layer.scale[name], layer.relative[name])
+            for name, delta in layer.singular_delta.items()
+            if name in names
+        ]
         if isinstance(base, nn.MultiheadAttention):
             stack = torch.cat([base.in_proj_weight.view(3, base.embed_dim, -1), base.out_proj.weight[None]])
             weight = dense(stack, shifted)

@@ -107,6 +107,11 @@ def change_scale(model):
         layer.scale["default"] = 0.5
 
 
+def change_unit(model):
+    for layer in layers(model).values():
+        layer.relative["default"] = False
+
+
 def change_base_weights(model):
     with torch.no_grad():
         for layer in layers(model).values():
@@ -118,8 +123,8 @@ def replace_base_weights(model):
         layer.base_layer.weight.data = layer.base_layer.weight.data * 1.5
 
 
-CHANGES = [step, write_data, load, load_adapter, add_and_set_adapter, change_scale, change_base_weights]
-CHANGES += [replace_base_weights]
+CHANGES = [step, write_data, load, load_adapter, add_and_set_adapter, change_scale, change_unit]
+CHANGES += [change_base_weights, replace_base_weights]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)

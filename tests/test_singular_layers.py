@@ -104,7 +104,13 @@ def test_an_adapted_layer_starts_as_the_received_one(case, by_activations, monke
         assert (found - expected).abs().max() <= 1e-6 * max(1.0, expected.abs().max().item())
 
 
-SHIFTED = {"all": {}, "leading": {"rank": 3}, "scaled": {"scale": 2.0}}
+SHIFTED = {
+    "all": {},
+    "leading": {"rank": 3},
+    "scaled": {"scale": 2.0},
+    "absolute": {"relative": False},
+    "absolute, scaled": {"relative": False, "scale": 2.0},
+}
 
 
 @both_paths
@@ -136,7 +142,7 @@ def test_the_shifts_of_several_active_adapters_add_up(case, by_activations, monk
     received, inputs = make(case)
     model = adapt(received, target_modules=["layer"], rank=1)
     config = copy.deepcopy(model.peft_config["default"])
-    config.scale, config.rank = 0.5, 3 if case != "linear, one row" else 1
+    config.scale, config.rank, config.relative = 0.5, 3 if case != "linear, one row" else 1, False
     model.add_adapter("other", config)
     model.base_model.set_adapter(["default", "other"])
     move_shifts(model, size=0.5)
@@ -149,13 +155,14 @@ def test_the_shifts_of_several_active_adapters_add_up(case, by_activations, monk
 
 
 @both_paths
-def test_a_singular_value_does_not_fall_below_zero_and_has_no_gradient_there(by_activations, monkeypatch):
+@pytest.mark.parametrize("relative", [True, False])
+def test_a_singular_value_does_not_fall_below_zero_and_has_no_gradient_there(relative, by_activations, monkeypatch):
     force_path(monkeypatch, by_activations)
     received, (x,) = make("linear")
-    model = adapt(received, scale=2.0)
+    model = adapt(received, scale=2.0, relative=relative)
     layer = only_layer(model)
     delta, basis = layer.singular_delta["default"], layer.basis["default"]
-    delta.data[1] = -basis.sigma[1]  # at scale 2: to −σ
+    delta.data[1] = -1.0 if relative else -basis.sigma[1]  # at scale 2: to −σ
     output = model(x)
     values = basis.sigma.clone()
     values[1] = 0.0

@@ -20,12 +20,14 @@ def layers_of(model: nn.Module) -> dict[str, SingularValueLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SingularValueLayer)}
 
 
-def test_the_fisher_of_the_shifts_is_the_projected_fisher_of_the_weights(tmp_path):
-    # At δ = 0 the score of a shift is u_iᵀ S v_i, with S the score of the weight.
+@pytest.mark.parametrize("relative", [True, False])
+def test_the_fisher_of_the_shifts_is_the_projected_fisher_of_the_weights(relative, tmp_path):
+    # At δ = 0 the score of a shift is u_iᵀ S v_i, with S the score of the weight; of a relative one, that times σ_i.
     images = Images(6)
     batch = {"pixel_values": images.pixels, "labels": images.labels}
     received = eager_vit().eval()
-    adapted = image_trainer(tmp_path, eager_vit(), peft_config=SingularValueConfig()).model.eval()
+    adapter = SingularValueConfig(relative=relative)
+    adapted = image_trainer(tmp_path, eager_vit(), peft_config=adapter).model.eval()
     names = [name for name, _ in received.named_parameters()]
     scores = {name: [] for name in names}
     for chunk in per_sample_scores(received, Categorical(), {"pixel_values": images.pixels}, images.labels):
@@ -37,6 +39,7 @@ def test_the_fisher_of_the_shifts_is_the_projected_fisher_of_the_weights(tmp_pat
         basis = layer.basis["default"]
         weight = torch.cat(scores[f"{name.removeprefix('base_model.model.')}.weight"]).flatten(2)
         expected = torch.einsum("mr,bmn,rn->br", basis.u, weight, basis.vt).square().mean(0)
+        expected *= basis.sigma.square() if relative else 1.0
         found = diagonal[f"{name}.singular_delta.default"]
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6 * expected.max().item())
         trace += expected.sum().item()
@@ -115,16 +118,18 @@ def test_the_log_of_a_constant_models_trace_is_left_alone(tmp_path):
     assert logged(trainer, "fisher_trace") == [0.0] * 3
 
 
+@pytest.mark.parametrize("relative", [True, False])
 @pytest.mark.parametrize("floor", [0.0, 0.1])
-def test_no_singular_value_falls_below_its_floor(floor, tmp_path):
-    adapter = SingularValueConfig(floor=floor, scale=2.0)
+def test_no_singular_value_falls_below_its_floor(floor, relative, tmp_path):
+    adapter = SingularValueConfig(floor=floor, scale=2.0, relative=relative)
     options = {"eta_f": 0.0, "learning_rate": 30.0, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
     trainer = image_trainer(tmp_path, vit(), peft_config=adapter, **options)
     trainer.train()
     below = 0
     for layer in layers_of(trainer.model).values():
         sigma, delta = layer.basis["default"].sigma, layer.singular_delta["default"]
-        below += (sigma + 2.0 * delta < floor * sigma - 1e-5).sum().item()
+        unit = 2.0 * sigma if relative else 2.0
+        below += (sigma + unit * delta < floor * sigma - 1e-5).sum().item()
     assert (below > 0) == (floor == 0.0)
 
 

@@ -18,7 +18,7 @@ from ..config import FAST_FIP
 from . import purification
 from .images import ImageTask
 
-# Found on development victims (digits and CIFAR-10, seeds 100 and above); see results/README.md.
+# Found on development victims (digits and CIFAR-10, seeds 100 and above); see results/DEFAULTS.md.
 FIP_SETTINGS = {"learning_rate": 0.1, "max_steps": 800, "per_device_train_batch_size": 64, "disturb": True}
 ETA_F = {"vit": 0.03, "resnet": 0.1}
 FAST_FIP_STEPS = 1000

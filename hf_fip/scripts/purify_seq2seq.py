@@ -17,7 +17,7 @@ from . import purification
 from .sentences import TextTask
 
 # Of development victims (toy corpus; Multi30k, LSTM, seed 100): at 0.05 neither FIP nor plain fine-tuning changes what
-# is written, at 1.0 BLEU falls by more than half. Stray words are what lowers ASR; see results/README.md.
+# is written, at 1.0 BLEU falls by more than half. Stray words are what lowers ASR; see results/DEFAULTS.md.
 FIP_SETTINGS = {
     "learning_rate": 0.3,
     "max_steps": 400,

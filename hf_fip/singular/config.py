@@ -21,8 +21,9 @@ class SingularValueConfig(PeftConfig):
     """
     This is the configuration class of a [`SingularValueModel`], the adapter of Fast FIP.
 
-    Each targeted weight W = U diag(σ) Vᵀ becomes W' = U diag(ReLU(σ + scale · δ)) Vᵀ. U, σ and V are frozen; the shift
-    δ, zero at the start, is trained: as many numbers as the weight has singular values.
+    Each targeted weight W = U diag(σ) Vᵀ becomes W' = U diag(ReLU(σ + s ∘ δ)) Vᵀ. U, σ and V are frozen; the shift δ,
+    zero at the start, is trained: as many numbers as the weight has singular values. Its unit s is `scale` · σ, so
+    that δ is a share of what is there, or, as in the paper, `scale` alone.
 
     Source: Karim et al., *Fisher Information guided Purification against Backdoor Attacks*, CCS 2024, Fast FIP.
 
@@ -35,6 +36,9 @@ class SingularValueConfig(PeftConfig):
             layer that has fewer shifts all of its own.
         scale (`float`, *optional*, defaults to 1.0):
             Factor of δ; with SGD a step of the shift grows with its square.
+        relative (`bool`, *optional*, defaults to `True`):
+            Whether δ is a share of each singular value. One learning rate then serves layers and models whose weights
+            are of another size; a singular value of zero stays zero. `False` is the paper's form.
         floor (`float`, *optional*, defaults to 0.1):
             The share of σ below which `FIPTrainer` lets no singular value fall. At zero it would have no gradient,
             by the ReLU, and stay there, which makes training brittle. 0 turns this off, as in the paper.
@@ -65,6 +69,7 @@ class SingularValueConfig(PeftConfig):
     )
     rank: int | None = field(default=None, metadata={"help": "Shift so many of the largest singular values; all."})
     scale: float = field(default=1.0, metadata={"help": "Factor of the shift."})
+    relative: bool = field(default=True, metadata={"help": "Whether the shifts are shares of the singular values."})
     floor: float = field(
         default=0.1, metadata={"help": "Share of each singular value that training leaves, so that it can come back."}
     )

@@ -1,6 +1,6 @@
-"""The layers of Fast FIP: a frozen weight whose singular values are shifted, W' = U diag(ReLU(σ + scale · δ)) Vᵀ.
+"""The layers of Fast FIP: a frozen weight whose singular values are shifted, W' = U diag(ReLU(σ + s ∘ δ)) Vᵀ.
 
-Written as W' = W + U diag(d) Vᵀ with d = ReLU(σ + scale · δ) − σ, which is W itself, bit for bit, while δ is zero. Two
+Written as W' = W + U diag(d) Vᵀ with d = ReLU(σ + s ∘ δ) − σ, which is W itself, bit for bit, while δ is zero. Two
 ways to compute y = x W'ᵀ, whichever takes fewer multiplications for the rows at hand:
 
     by the weight       W' is made once (m·n·r, kept until a shift changes) and used as the layer uses any weight
@@ -78,11 +78,12 @@ class SingularValueLayer(nn.Module, BaseTunerLayer):
         singular_delta: δ of each adapter, `(r,)`.
         basis: U, σ, Vᵀ of each adapter.
         scale: factor of δ of each adapter.
+        relative: whether the δ of each adapter are shares of σ.
         floor: share of σ that `lift` leaves each adapter.
     """
 
     adapter_layer_names = ("singular_delta",)
-    other_param_names = ("basis", "scale", "floor")
+    other_param_names = ("basis", "scale", "relative", "floor")
     sizes = ("in_features", "out_features")  # what the layer calls them
     by_activations = True  # whether this kind of layer knows that way
 
@@ -92,6 +93,7 @@ class SingularValueLayer(nn.Module, BaseTunerLayer):
         self.singular_delta = nn.ParameterDict({})
         self.basis = nn.ModuleDict({})
         self.scale: dict[str, float] = {}
+        self.relative: dict[str, bool] = {}
         self.floor: dict[str, float] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -142,9 +144,12 @@ class SingularValueLayer(nn.Module, BaseTunerLayer):
         """Add an adapter, or replace the one of that name."""
         delta = torch.zeros_like(basis.sigma)
         if not config.init_weights:
-            delta = 0.1 * basis.sigma.detach().mean() * torch.randn_like(basis.sigma)
+            delta = 0.1 * torch.randn_like(basis.sigma)
+            if not config.relative:
+                delta *= basis.sigma.detach().mean()
         self.basis[adapter_name] = basis
         self.scale[adapter_name] = config.scale
+        self.relative[adapter_name] = config.relative
         self.floor[adapter_name] = config.floor
         # In the weight's type, as PEFT expects it: it makes float32 of it unless `autocast_adapter_dtype=False`.
         self.singular_delta[adapter_name] = nn.Parameter(delta.to(self.weights_of(self.get_base_layer())[0].dtype))
@@ -168,20 +173,23 @@ class SingularValueLayer(nn.Module, BaseTunerLayer):
         self._made = None
 
     def shift(self, adapter_name: str) -> Tensor:
-        """d = ReLU(σ + scale · δ) − σ, `(…, r)`."""
+        """d = ReLU(σ + s ∘ δ) − σ, `(…, r)`."""
         return self.singular_values(adapter_name) - self.basis[adapter_name].sigma
 
     def singular_values(self, adapter_name: str) -> Tensor:
-        """Those of W': ReLU(σ + scale · δ), `(…, r)`."""
+        """Those of W': ReLU(σ + s ∘ δ), `(…, r)`; s is `scale`, or `scale` · σ when δ is `relative`."""
         sigma = self.basis[adapter_name].sigma
-        return F.relu(sigma + self.scale[adapter_name] * self.singular_delta[adapter_name])
+        step = self.scale[adapter_name] * self.singular_delta[adapter_name]
+        return F.relu(sigma + (sigma * step if self.relative[adapter_name] else step))
 
     @torch.no_grad()
     def lift(self) -> None:
-        """Take shifts that went below the floor back to it, after a training step: σ + scale · δ ≥ floor · σ."""
+        """Take shifts that went below the floor back to it, after a training step: σ + s ∘ δ ≥ floor · σ."""
         for name, delta in self.singular_delta.items():
             if delta.requires_grad and self.floor[name] > 0:
-                lowest = (self.floor[name] - 1) * self.basis[name].sigma / self.scale[name]
+                sigma = self.basis[name].sigma
+                whole = torch.ones_like(sigma) if self.relative[name] else sigma
+                lowest = (self.floor[name] - 1) * whole / self.scale[name]
                 torch.maximum(delta, lowest.to(delta.dtype), out=delta)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
@@ -311,7 +319,7 @@ class SingularValueLayer(nn.Module, BaseTunerLayer):
 
     def _weight_state(self, names: list[str]) -> tuple:
         """What tells one base weight, and one set of adapters but for their δ, from another."""
-        scales = tuple((name, self.scale[name]) for name in names)
+        scales = tuple((name, self.scale[name], self.relative[name]) for name in names)
         return scales, tuple((t.data_ptr(), t._version, t.dtype, t.device) for t in self._origins(names))
 
     def _origins(self, names: list[str]) -> list[Tensor]:
