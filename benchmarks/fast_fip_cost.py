@@ -60,7 +60,7 @@ class Naive(nn.Module):
         return self.base.weight
 
     def forward(self, x):
-        weight = (self.u @ torch.diag(F.relu(self.sigma + self.delta)) @ self.vt).view(self.base.weight.shape)
+        weight = (self.u @ torch.diag(F.relu(self.sigma * (1 + self.delta))) @ self.vt).view(self.base.weight.shape)
         if isinstance(self.base, nn.Conv2d):
             return F.conv2d(x, weight, self.base.bias, self.base.stride, self.base.padding)
         return F.linear(x, weight, self.base.bias)

@@ -32,6 +32,7 @@ OPTIONS = {
     "norms": {"train_norms": True},
     "norms and basis": {"train_norms": True, "save_basis": True},
     "rank and scale": {"rank": 2, "scale": 0.5},
+    "units of the weight": {"relative": False},
     "head whole": {"target_modules": ["conv"], "modules_to_save": ["head"]},
 }
 

@@ -20,8 +20,8 @@ from .detection import LABELS, DetectionTask, MultiLabelTask
 # Found on a development victim (scenes, seed 42). So large a learning rate damages the detector at first; what it then
 # learns again is without the backdoor.
 FIP_SETTINGS = {"max_steps": 400, "per_device_train_batch_size": 16, "learning_rate": 0.1, "eta_f": 0.3}
-# This keeps the accuracy and most of the backdoor; a learning rate of 0.4 loses both.
-FAST_FIP_SETTINGS = {"max_steps": 300, "learning_rate": 0.15, "eta_f": 0.02}
+# At 0.1 it keeps more of the accuracy and of the backdoor, at 0.2 it loses a third of the accuracy.
+FAST_FIP_SETTINGS = {"max_steps": 600, "learning_rate": 0.05, "eta_f": 0.02}
 
 
 def main() -> None:

@@ -22,6 +22,6 @@ def main() -> None:
         CloudTask(),
         __doc__,
         fip={"max_steps": 400, "per_device_train_batch_size": 32, "learning_rate": 0.05, "eta_f": 0.5},
-        fast_fip={"max_steps": 400},
+        fast_fip={"max_steps": 400, "learning_rate": 0.05},
         output_dir="outputs/purify_pointcloud",
     )

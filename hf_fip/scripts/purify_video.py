@@ -22,6 +22,6 @@ def main() -> None:
         VideoTask(),
         __doc__,
         fip={"max_steps": 400, "per_device_train_batch_size": 32, "learning_rate": 0.1, "disturb": True},
-        fast_fip={"learning_rate": 3.0, "max_steps": 800},
+        fast_fip={"max_steps": 600},
         output_dir="outputs/purify_video",
     )
