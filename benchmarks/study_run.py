@@ -98,7 +98,7 @@ class Method:
         name: in tables.
         purifier: `fip`, or a baseline's name.
         arguments: of its configuration.
-        adapter: Fast FIP, which shifts singular values.
+        adapter: Fast FIP, which shifts singular values: with SGD in units of the weight, else by shares of themselves.
         augment: shift the clean images at random (and mirror them, unless they are digits).
         disturb: disturb them at random (`hf_fip.tasks.augmentation.disturb`).
         learning_rates: the one with the best accuracy on held-out clean images is taken, when there are several.
@@ -248,6 +248,7 @@ def _purified(
 def _trainer(cell: Cell, given: _Given, model: nn.Module, clean: Dataset, chosen: dict) -> FIPTrainer:
     method_, channels = cell.method, channels_of(model)
     ours = method_.purifier in (FIP, RELEASED)
+    relative = method_.arguments.get("optim") != "sgd"
     trainer_class, config = (FIPTrainer, FIPConfig) if ours else method(method_.purifier)
     set_seed(cell.victim.seed)
     settings = {
@@ -264,7 +265,7 @@ def _trainer(cell: Cell, given: _Given, model: nn.Module, clean: Dataset, chosen
             augmentation(method_.augment, given.images),
             disturb(pixel_range(given.processor, given.images, channels)) if method_.disturb else None,
         ),
-        peft_config=SingularValueConfig(train_norms=True) if method_.adapter else None,
+        peft_config=SingularValueConfig(train_norms=True, relative=relative) if method_.adapter else None,
     )
 
 

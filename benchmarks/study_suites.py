@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from study_run import RELEASED, Cell, Method, Victim
 
 from hf_fip.config import FAST_FIP
-from hf_fip.scripts.purify_image import ETA_F, FAST_FIP_RATES, FAST_FIP_STEPS, FIP_SETTINGS
+from hf_fip.scripts.purify_image import ETA_F, FAST_FIP_SETTINGS, FIP_SETTINGS
 from hf_fip.tasks.data import DIGITS
 
 SEEDS = (1, 2, 3)
@@ -58,7 +58,8 @@ def fip(family: str, **arguments) -> dict:
 
 def fast_fip(family: str, **arguments) -> dict:
     """The arguments of Fast FIP: the recipes' defaults."""
-    return fip(family) | FAST_FIP | {"max_steps": FAST_FIP_STEPS, "learning_rate": FAST_FIP_RATES[family]} | arguments
+    settings = {name: value for name, value in FAST_FIP_SETTINGS[family].items() if name != "adapter_relative"}
+    return fip(family) | FAST_FIP | settings | arguments
 
 
 def purifiers(places: Places, family: str, augment: bool) -> list[Method]:

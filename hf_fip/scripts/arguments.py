@@ -258,6 +258,10 @@ class AdapterArguments:
     adapter_train_norms: bool = field(
         default=True, metadata={"help": "Train the norm layers too; the adapter file then holds them."}
     )
+    adapter_relative: bool = field(
+        default=True,
+        metadata={"help": "Shift by shares of the singular values; no_: in units of the weight, as in the paper."},
+    )
     adapter_save_basis: bool = field(
         default=False, metadata={"help": "Save U and V too: about twice the size of the model, and loads faster."}
     )
@@ -279,6 +283,7 @@ class AdapterArguments:
             target_modules=targets.split(",") if "," in targets else targets,
             rank=self.adapter_rank,
             train_norms=self.adapter_train_norms,
+            relative=self.adapter_relative,
             save_basis=self.adapter_save_basis,
         )
 

@@ -14,15 +14,18 @@ report.json (everything measured) and plots/.
 
 from __future__ import annotations
 
-from ..config import FAST_FIP
 from . import purification
 from .images import ImageTask
 
 # Found on development victims (digits and CIFAR-10, seeds 100 and above); see results/DEFAULTS.md.
 FIP_SETTINGS = {"learning_rate": 0.1, "max_steps": 800, "per_device_train_batch_size": 64, "disturb": True}
 ETA_F = {"vit": 0.03, "resnet": 0.1}
-FAST_FIP_STEPS = 800
-FAST_FIP_RATES = {"vit": FAST_FIP["learning_rate"], "resnet": 0.3}
+# Where shifts are shares and Adam moves them, a ViT goes from a backdoor that stays to an accuracy that is lost between
+# the rates of 0.2 and 0.3; in units of the weight and with SGD it does not.
+FAST_FIP_SETTINGS = {
+    "vit": {"adapter_relative": False, "optim": "sgd", "learning_rate": 0.5, "max_steps": 1000},
+    "resnet": {"learning_rate": 0.3, "max_steps": 800},
+}
 
 
 def main(architecture: str = "vit") -> None:
@@ -32,7 +35,7 @@ def main(architecture: str = "vit") -> None:
         ImageTask(),
         __doc__,
         fip=FIP_SETTINGS | {"eta_f": ETA_F[architecture]},
-        fast_fip={"learning_rate": FAST_FIP_RATES[architecture], "max_steps": FAST_FIP_STEPS},
+        fast_fip=FAST_FIP_SETTINGS[architecture],
         output_dir=f"outputs/{name}",
         architecture=architecture,
     )
