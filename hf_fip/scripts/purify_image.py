@@ -20,8 +20,8 @@ from .images import ImageTask
 # Found on development victims (digits and CIFAR-10, seeds 100 and above); see results/DEFAULTS.md.
 FIP_SETTINGS = {"learning_rate": 0.1, "max_steps": 800, "per_device_train_batch_size": 64, "disturb": True}
 ETA_F = {"vit": 0.03, "resnet": 0.1}
-# Where shifts are shares and Adam moves them, a ViT goes from a backdoor that stays to an accuracy that is lost between
-# the rates of 0.2 and 0.3; in units of the weight and with SGD it does not.
+# Where shifts are shares and Adam moves them, a ViT goes from a backdoor that stays to an accuracy that is lost
+# between the rates of 0.2 and 0.3; in units of the weight and with SGD it does not.
 FAST_FIP_SETTINGS = {
     "vit": {"adapter_relative": False, "optim": "sgd", "learning_rate": 0.5, "max_steps": 1000},
     "resnet": {"learning_rate": 0.3, "max_steps": 800},
