@@ -260,7 +260,7 @@ class AdapterArguments:
     )
     adapter_relative: bool = field(
         default=True,
-        metadata={"help": "Shift by shares of the singular values; otherwise in units of the weight, as in the paper."},
+        metadata={"help": "Shift by shares of the singular values; else in units of the weight, as in the paper."},
     )
     adapter_save_basis: bool = field(
         default=False, metadata={"help": "Save U and V too: about twice the size of the model, and loads faster."}
