@@ -43,8 +43,8 @@ test: $(STAMP) $(TESTS)  ## run the whole test suite (more arguments: ARGS="-k f
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
 
 study-small: $(STAMP)  ## the study on the handwritten digits, from nothing: under two hours on two cores
-	$(PY) benchmarks/study.py --suite digits
-	$(PY) benchmarks/study.py --suite digits_benign
+	$(PY) benchmarks/study.py --suite digits --results outputs/study_small --work outputs/study_small/victims
+	$(PY) benchmarks/study.py --suite digits_benign --results outputs/study_small --work outputs/study_small/victims
 
 style: $(STAMP)  ## format the code and fix what ruff can fix
 	$(PY) -m ruff format .

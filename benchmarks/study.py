@@ -1,12 +1,13 @@
 """The study: victims × purifiers × seeds, one row a run, tables and pictures from the rows.
 
-    python benchmarks/study.py --suite digits                       (what `make study-small` runs, with digits_benign)
+    python benchmarks/study.py --suite digits
     python benchmarks/study.py --suite cifar10 --cifar10 path/to/cifar10
     python benchmarks/study.py --suite published --cifar10 path/to/cifar10 --victims path/to/victims
     python benchmarks/study.py --suite digits --tables_only
+    python benchmarks/study.py --suite digits --results outputs/again --work outputs/again/victims    (from nothing)
 
-A suite's rows are in results/study/SUITE.jsonl. A run whose row is there is not repeated: a stopped study goes
-on where it was. Rows of other settings of a method or victim are dropped. Victims are kept under outputs/study/.
+A suite's rows are in RESULTS/SUITE.jsonl, its tables in RESULTS/SUITE.md. A run whose row is there is not repeated: a
+stopped study goes on where it was. Rows of other settings of a method or victim are dropped.
 """
 
 from __future__ import annotations
@@ -40,12 +41,13 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, help="only these")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--work", type=Path, default=Path("outputs/study"), help="where victims are kept")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where rows and tables are (results/study)")
     parser.add_argument("--tables_only", action="store_true", help="draw what the results file has")
     args = parser.parse_args()
 
     suite = SUITES[args.suite]
     cells = suite(Places(args.cifar10, args.victims, args.released_code))
-    rows_file = RESULTS / f"{args.suite}.jsonl"
+    rows_file = args.results / f"{args.suite}.jsonl"
     rows = _rows(rows_file, cells)
     if not args.tables_only:
         wanted = [cell for cell in cells if _key(cell) not in rows and _is_chosen(cell, args)]
@@ -57,7 +59,7 @@ def main() -> None:
         raise SystemExit(f"No run of {args.suite} has ended yet.")
     rows_file.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")  # in the suite's order
     title = suite.__doc__.split(":")[0].rstrip(".")
-    print(write(RESULTS, args.suite, command, title, found, missing=len(cells) - len(found)))
+    print(write(args.results, args.suite, command, title, found, missing=len(cells) - len(found)))
 
 
 def _run_all(cells: list[Cell], args: argparse.Namespace, rows_file: Path) -> None:

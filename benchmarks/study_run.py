@@ -98,7 +98,7 @@ class Method:
         name: in tables.
         purifier: `fip`, or a baseline's name.
         arguments: of its configuration.
-        adapter: Fast FIP, which shifts singular values: with SGD in units of the weight, else by shares of themselves.
+        adapter: of Fast FIP, which shifts singular values: the arguments of its `SingularValueConfig`.
         augment: shift the clean images at random (and mirror them, unless they are digits).
         disturb: disturb them at random (`hf_fip.tasks.augmentation.disturb`).
         learning_rates: the one with the best accuracy on held-out clean images is taken, when there are several.
@@ -107,7 +107,7 @@ class Method:
     name: str
     purifier: str = "fip"
     arguments: dict[str, Any] = field(default_factory=dict, hash=False)
-    adapter: bool = False
+    adapter: dict[str, Any] | None = field(default=None, hash=False)
     augment: bool = False
     disturb: bool = False
     learning_rates: tuple[float, ...] = ()
@@ -248,7 +248,6 @@ def _purified(
 def _trainer(cell: Cell, given: _Given, model: nn.Module, clean: Dataset, chosen: dict) -> FIPTrainer:
     method_, channels = cell.method, channels_of(model)
     ours = method_.purifier in (FIP, RELEASED)
-    relative = method_.arguments.get("optim") != "sgd"
     trainer_class, config = (FIPTrainer, FIPConfig) if ours else method(method_.purifier)
     set_seed(cell.victim.seed)
     settings = {
@@ -265,7 +264,7 @@ def _trainer(cell: Cell, given: _Given, model: nn.Module, clean: Dataset, chosen
             augmentation(method_.augment, given.images),
             disturb(pixel_range(given.processor, given.images, channels)) if method_.disturb else None,
         ),
-        peft_config=SingularValueConfig(train_norms=True, relative=relative) if method_.adapter else None,
+        peft_config=SingularValueConfig(**method_.adapter) if method_.adapter else None,
     )
 
 

@@ -62,6 +62,11 @@ def fast_fip(family: str, **arguments) -> dict:
     return fip(family) | FAST_FIP | settings | arguments
 
 
+def adapter(family: str) -> dict:
+    """The arguments of Fast FIP's adapter: the recipes' defaults."""
+    return {"train_norms": True, "relative": FAST_FIP_SETTINGS[family].get("adapter_relative", True)}
+
+
 def purifiers(places: Places, family: str, augment: bool) -> list[Method]:
     """All purifiers and the controls of FIP: each baseline with the settings of its paper.
 
@@ -79,8 +84,8 @@ def purifiers(places: Places, family: str, augment: bool) -> list[Method]:
         Method("FIP, undisturbed", arguments=fip(family), **shared),
         Method("control, undisturbed", arguments=fip(family, eta_f=0.0), **shared),
         Method(OWN_RATE, arguments=fip(family, eta_f=0.0), learning_rates=RATES, **shared),
-        Method("Fast FIP", arguments=fast_fip(family), adapter=True, **ours),
-        Method("Fast FIP, control (eta_f 0)", arguments=fast_fip(family, eta_f=0.0), adapter=True, **ours),
+        Method("Fast FIP", arguments=fast_fip(family), adapter=adapter(family), **ours),
+        Method("Fast FIP, control (eta_f 0)", arguments=fast_fip(family, eta_f=0.0), adapter=adapter(family), **ours),
         *(Method(name, name, **shared) for name in BASELINES),
         *(Method(name, name, **shared) for name in OF_CHANNELS if family == "resnet"),
         *(Method(f"{name}, disturbed", name, **ours) for name in DISTURBED),
