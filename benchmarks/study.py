@@ -21,6 +21,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
+import torch
 from study_run import Cell, make_victim, run
 from study_suites import SUITES, Places
 from study_tables import write
@@ -42,8 +43,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--work", type=Path, default=Path("outputs/study"), help="where victims are kept")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where rows and tables are (results/study)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to run (a GPU where there is one)")
     parser.add_argument("--tables_only", action="store_true", help="draw what the results file has")
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here.")
+    if args.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # of the workers and of the victims' training too
 
     suite = SUITES[args.suite]
     cells = suite(Places(args.cifar10, args.victims, args.released_code))

@@ -18,6 +18,7 @@ from hf_fip.tasks.data import DIGITS
 SEEDS = (1, 2, 3)
 RELEASED_WEIGHTS = (0.5, 0.005)  # the released default, and what its author advises
 RATES = (0.01, 0.05, 0.2)  # of plain fine-tuning with its own learning rate
+ETAS_F, PAPER_ETAS_F, ETAS_R = (0.0, 0.3, 1.0), (0.001, 0.01), (0.1, 1.0, 10.0)  # beside the defaults
 DISTURBED = ("ft", "ft_sam", "nad", "fst")  # baselines that are also given FIP's disturbances
 OWN_RATE = "fine-tuning, own rate"
 FEW = ("FIP", "FIP, control (eta_f 0)", "Fast FIP", "ft", "ft, disturbed", "nad, disturbed")
@@ -153,6 +154,25 @@ def digits_adaptive(places: Places) -> list[Cell]:
     ]
 
 
+def digits_ablation(places: Places) -> list[Cell]:
+    """FIP with other weights: of the trace, of Tr F itself as in the paper, of the pull to the received weights."""
+    paper = {"trace_form": "trace", "eta_f_schedule": "constant"}
+    changes = [{}, *({"eta_f": value} for value in ETAS_F), *({"eta_f": value, **paper} for value in PAPER_ETAS_F)]
+    changes += [{"eta_r": value} for value in ETAS_R]
+    return [
+        Cell(Victim(DIGITS, family, attack, seed, DIGITS_ATTACKS[attack]), method)
+        for family in ("resnet", "vit")
+        for changed in changes
+        for method in [Method(_name(changed), arguments=fip(family, **changed), disturb=True)]
+        for attack in ("badnets", "wanet")
+        for seed in SEEDS
+    ]
+
+
+def _name(changed: dict) -> str:
+    return ", ".join(["FIP", *(f"{key} {value}" for key, value in changed.items() if key != "eta_f_schedule")])
+
+
 def digits_typeset(places: Places) -> list[Cell]:
     """Clean images from another distribution: 200 digits in print for victims that read handwriting."""
     return _four_attacks(places, typeset=True)
@@ -206,7 +226,7 @@ def published(places: Places) -> list[Cell]:
 SUITES: dict[str, Callable[[Places], list[Cell]]] = {
     suite.__name__: suite
     for suite in (
-        *(digits, digits_benign, digits_clean, digits_poison, digits_adaptive, digits_typeset, digits_reactivated),
-        *(cifar10, published),
+        *(digits, digits_benign, digits_clean, digits_poison, digits_adaptive, digits_ablation, digits_typeset),
+        *(digits_reactivated, cifar10, published),
     )
 }

@@ -36,7 +36,7 @@ class FIPArguments:
         > Parameters of the objective
 
         eta_f (`float`, *optional*, defaults to 0.1):
-            Weight of the trace of the Fisher information, which removes the backdoor.
+            Weight of the trace of the Fisher information: the paper's means against the backdoor.
         eta_r (`float`, *optional*, defaults to 0.0):
             Weight of the Fisher-weighted pull to the received weights, which keeps clean knowledge (and, when large,
             the backdoor).
@@ -84,7 +84,7 @@ class FIPArguments:
             Updates between two logs.
     """
 
-    eta_f: float = field(default=0.1, metadata={"help": "Weight of Tr F, the term that removes the backdoor."})
+    eta_f: float = field(default=0.1, metadata={"help": "Weight of Tr F, the term that is to remove the backdoor."})
     eta_r: float = field(
         default=0.0,
         metadata={"help": "Weight of the Fisher-weighted pull to the received weights, which keeps clean knowledge."},
