@@ -164,7 +164,7 @@ def digits_ablation(places: Places) -> list[Cell]:
         for family in ("resnet", "vit")
         for changed in changes
         for method in [Method(_name(changed), arguments=fip(family, **changed), disturb=True)]
-        for attack in ("badnets", "wanet")
+        for attack in ("sig", "wanet")
         for seed in SEEDS
     ]
 
