@@ -12,7 +12,7 @@ import pytest
 from hf_fip import __version__, cli
 from hf_fip.attacks import attack_names
 from hf_fip.scripts import tasks
-from hf_fip.scripts.terminal import with_config
+from hf_fip.scripts.terminal import warn_if_costly, with_config
 
 SCRIPTS = Path(tasks.__file__).parent
 
@@ -131,6 +131,14 @@ def test_json_alone_goes_to_stdout(tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == json.loads((tmp_path / "out" / "report.json").read_text())
     assert "saved to out" in done.stderr
+
+
+@pytest.mark.parametrize(("after", "warned"), [(90.0, False), (85.6, False), (85.4, True), (0.0, True)])
+def test_a_purification_that_costs_much_says_so_and_what_to_try(after, warned, capsys):
+    warn_if_costly({"bleu": 90.0}, {"bleu": after}, "bleu", 0.1)
+    said = capsys.readouterr().out
+    assert ("more than 5% of the clean BLEU is gone" in said and "--learning_rate below 0.1" in said) is warned
+    assert bool(said) is warned
 
 
 def test_the_completion_of_a_shell_knows_words_tasks_and_arguments(monkeypatch, capsys, tmp_path):

@@ -19,6 +19,7 @@ METRICS = {
     "ra": ("RA", "robust accuracy"),
 }
 WEAK_VICTIM = 90.0  # percent ASR; a victim below it proves nothing about a purifier
+COSTLY = 0.05  # share of the clean metric; a purification that takes more is said to be costly
 
 
 def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:

@@ -43,7 +43,7 @@ from .backdooring import train_victim
 from .recorded import recorded_split
 from .run_folder import RunFolder, write_json
 from .task import Data, Task
-from .terminal import json_of, print_comparison, say, show_progress
+from .terminal import json_of, print_comparison, say, show_progress, warn_if_costly
 
 RUN_DEFAULTS = {"save_steps": 100, "save_total_limit": 1, "hub_strategy": "end"}
 CURVATURE_SAMPLES = 500  # clean ones, behind each measurement of the curvature
@@ -203,6 +203,8 @@ def purify(
             card_of(folder.result, name=Path(output_dir).name).save(folder.result / CARD_NAME)
             say(f"{place}, purified:")
             print_comparison(before, after, report["der"], report["cost"])
+            if method_arguments.method == FIP:
+                warn_if_costly(before, after, task.metric, training.learning_rate)
             if attack is not None and switched_off is not None:
                 say(f"with the adapter switched off, ASR is {switched_off['asr']:.1f} % again")
         folder.publish()

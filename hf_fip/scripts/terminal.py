@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
-from ..evaluation.metrics import METRICS
+from ..evaluation.metrics import COSTLY, METRICS
 from ..hub.text import visible, without_tokens
 from ..processes import are_on_cpu
 
@@ -187,6 +187,15 @@ def print_comparison(before: dict, after: dict, der: float | None, cost: dict) -
         f"{cost['trainable_parameters']:,} trainable parameters, peak {cost['peak_memory_bytes'] / 2**20:.0f} MiB, "
         f"{file_size(cost['file_bytes'])} saved"
     )
+
+
+def warn_if_costly(before: dict, after: dict, metric: str, learning_rate: float) -> None:
+    """Say so, and what to try, when much of the clean metric is gone."""
+    if after[metric] < (1 - COSTLY) * before[metric]:
+        say(
+            f"warning: more than {COSTLY:.0%} of the {METRICS[metric][1]} is gone. More clean samples keep it, and a "
+            f"--learning_rate below {learning_rate:g} does, which may keep a backdoor too."
+        )
 
 
 def file_size(size: int) -> str:
