@@ -53,27 +53,32 @@ def write(
 ) -> None:
     """Write results/NAME/table.md and runs.json, and print the table.
 
+    What runs.json has of other cases, seeds and methods, by commands given earlier, stays in both.
+
     Args:
         name: of the folder under results/.
         title, said: head of the table, and what its figures are.
         rows: reports, with `case`, `seed` and `method`.
         columns: heading, and the cell made of `over_seeds` of the rows of one case and method, with `data` and the
-            numbers `trained` of the first of them, and how many `runs` they are.
+            numbers `trained` of the first of them, and their `seeds`.
         after: what stands below the table.
         plots: the folder of victims and runs, CASE-SEED, if the first seed's pictures of FIP are to be copied.
     """
     folder = RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "runs.json"
+    found = json.loads(file.read_text()) if file.is_file() else {"commands": [], "runs": []}
+    made = {_key(row) for row in rows}
+    rows = [row for row in found["runs"] if _key(row) not in made] + [{key: row[key] for key in KEPT} for row in rows]
     command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    runs = [{key: row[key] for key in KEPT} for row in rows]
-    (folder / "runs.json").write_text(json.dumps({"command": command, "runs": runs}, indent=1) + "\n")
-    seeds, versions = dict.fromkeys(row["seed"] for row in rows), rows[0]["versions"]
+    commands = list(dict.fromkeys([*found["commands"], command]))
+    file.write_text(json.dumps({"commands": commands, "runs": rows}, indent=1) + "\n")
+    versions = rows[0]["versions"]
     lines = [
         f"# {title}\n",
-        f"`{command}`\n",
-        f"Percent, mean ± standard deviation over seeds {', '.join(map(str, seeds))}. {said} hf_fip "
-        f"{versions['hf_fip']}, torch {versions['torch']}, transformers {versions['transformers']}, "
-        f"{platform.machine()} CPU.\n",
+        *(f"`{command}`\n" for command in commands),
+        f"Percent, mean ± standard deviation over the seeds. {said} hf_fip {versions['hf_fip']}, torch "
+        f"{versions['torch']}, transformers {versions['transformers']}, {platform.machine()} CPU.\n",
         f"| victim | method | {' | '.join(columns)} |",
         "|---|---" + "|---" * len(columns) + "|",
     ]
@@ -84,16 +89,21 @@ def write(
                 continue
             mean = over_seeds(ones)
             mean["trained"] = f"{ones[0]['cost']['trainable_parameters']:,}"
-            mean["data"], mean["runs"] = ones[0]["data"], len(ones)
+            mean["data"], mean["seeds"] = ones[0]["data"], ", ".join(str(row["seed"]) for row in ones)
             cells = " | ".join(str(cell(mean)) for cell in columns.values())
             lines.append(f"| {case.replace(':', ', ')} | {method} | {cells} |")
         if plots is not None:
             stem = case.replace(":", "-")
-            for plot in (plots / f"{stem}-{next(iter(seeds))}" / "FIP" / "plots").glob("*.png"):
+            first = min(row["seed"] for row in rows if row["case"] == case)
+            for plot in (plots / f"{stem}-{first}" / "FIP" / "plots").glob("*.png"):
                 shutil.copy(plot, folder / f"{stem}-{plot.name}")
     text = "\n".join(lines) + "\n" + after
     (folder / "table.md").write_text(text)
     print(text)
+
+
+def _key(row: dict) -> tuple:
+    return row["case"], row["seed"], row["method"]
 
 
 def figures(*metrics: str) -> dict[str, Callable[[dict], object]]:
@@ -105,4 +115,8 @@ def figures(*metrics: str) -> dict[str, Callable[[dict], object]]:
     }
 
 
-COST = {"seconds": lambda mean: mean["cost"]["seconds"], "trained": lambda mean: mean["trained"]}
+COST = {
+    "seconds": lambda mean: mean["cost"]["seconds"],
+    "trained": lambda mean: mean["trained"],
+    "seeds": lambda mean: mean["seeds"],
+}

@@ -44,7 +44,6 @@ def main() -> None:
     parser.add_argument("--max_test_samples", default="300")
     parser.add_argument("--clean_samples", default="1000")
     parser.add_argument("--victim_epochs", default="20")
-    parser.add_argument("--made_only", action="store_true", help="make nothing: the table of the runs that are there")
     parser.add_argument("--max_steps", help="of purification and controls; the recipe's own by default")
     parser.add_argument("--work", type=Path, default=Path("outputs/seq2seq"), help="where victims and runs are kept")
     args = parser.parse_args()
@@ -58,16 +57,11 @@ def main() -> None:
             folder = args.work / f"{name}-{architecture}-{seed}"
             victim = folder / "victim"
             made = ["--architecture", architecture, "--num_train_epochs", args.victim_epochs]
-            if not args.made_only:
-                run("backdoor_seq2seq.py", victim, *data, *made, "--clean_samples", args.clean_samples, "--seed", seed)
+            run("backdoor_seq2seq.py", victim, *data, *made, "--clean_samples", args.clean_samples, "--seed", seed)
             for method in args.methods:
-                if args.made_only and not (folder / folder_of(method) / "report.json").is_file():
-                    continue
                 given = ["--model_name_or_path", str(victim), *data, *steps, "--seed", seed, *OPTIONS[method]]
                 report = run("purify_seq2seq.py", folder / folder_of(method), *given)
                 rows.append(report | {"case": case, "seed": int(seed), "method": method})
-    if not rows:
-        raise SystemExit(f"No run has ended under {args.work} yet.")
     first = rows[0]["data"]
     write(
         "seq2seq",
@@ -76,7 +70,7 @@ def main() -> None:
         "triggered test sources whose output contains the attacker's sentence. "
         f"{first['clean_samples']} clean pairs.",
         rows,
-        {**figures("bleu", "asr"), **COST, "runs": lambda mean: mean["runs"]},
+        figures("bleu", "asr") | COST,
         plots=args.work,
     )
 
