@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-pytest.register_assert_rewrite("attack_cases", "generated_cases")  # their assertions say what they saw
+pytest.register_assert_rewrite("attack_cases", "generated_cases", "model_cases")  # their assertions say what they saw
 
 
 def settings() -> dict:
