@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from hf_fip.attacks import Attack, load_attack, poison, trigger
+from hf_fip.attacks import Attack, load_attack, make_attack, poison, trigger
 from hf_fip.attacks.learned import LearnedAttack
 from hf_fip.attacks.material import Material
 from hf_fip.attacks.poison import to_array
@@ -20,6 +20,22 @@ from hf_fip.attacks.poison import to_array
 datasets.disable_progress_bars()
 
 Shape = tuple[int, int, int]
+
+ATTACKS = {
+    "badnets": {},
+    "badnets-blended": {"alpha": 0.6, "patch_size": 5, "target_label": 2},
+    "blend": {"seed": 3},
+    "wanet": {},
+    "wanet-strong": {"strength": 2.0, "grid_size": 6, "cover_rate": 0.3},
+}
+SHAPES = [(32, 32, 3), (28, 28, 1), (24, 40, 3), (17, 9, 1), (300, 270, 3)]
+
+every_attack = pytest.mark.parametrize("case", ATTACKS)
+every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+def attack_of(case: str) -> Attack:
+    return make_attack(case.split("-")[0], **ATTACKS[case])
 
 
 def image_of(shape: Shape, seed: int = 0) -> np.ndarray:
