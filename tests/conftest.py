@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+pytest.register_assert_rewrite("attack_cases", "generated_cases", "model_cases")  # their assertions say what they saw
+
 
 def settings() -> dict:
     """What torch keeps for the whole process and results depend on."""

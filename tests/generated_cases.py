@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import datasets
 import numpy as np
-import PIL.Image
+import pytest
 import torch
-from trainer_cases import CLASSES, QUIET, weights
-from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor, set_seed
+from attack_cases import Shape, dataset_of, image_of
+from trainer_cases import CLASSES, QUIET, identical, weights
+from transformers import ResNetConfig, ResNetForImageClassification, TrainerCallback, ViTImageProcessor, set_seed
 
 from hf_fip import FIPConfig
 from hf_fip.attacks import Attack, poison
@@ -19,21 +23,18 @@ SHAPES = [(8, 8, 1), (9, 13, 3), (20, 17, 1)]
 SETTINGS = {"max_steps": 6, "per_device_train_batch_size": 8, "logging_steps": 1, "eta_f": 0.0, **QUIET}
 
 
-def image_of(shape: tuple[int, int, int], seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+def bright_image_of(shape: Shape, row: int) -> np.ndarray:
+    """Random, and brightest where the class of the row says."""
+    array, label = image_of(shape, row) // 2, row % CLASSES
+    array[2 * label : 2 * label + 2] += 100
+    return array
 
 
-def images_of(shape: tuple[int, int, int] = (8, 8, 1), rows: int = 32) -> datasets.Dataset:
-    """Random images whose class is where they are brightest."""
-    arrays, labels = [image_of(shape, row) // 2 for row in range(rows)], [row % CLASSES for row in range(rows)]
-    for array, label in zip(arrays, labels, strict=True):
-        array[2 * label : 2 * label + 2] += 100
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(num_classes=CLASSES))
-    pictures = [PIL.Image.fromarray(array.squeeze()) for array in arrays]
-    return datasets.Dataset.from_dict({"image": pictures, "label": labels}, features=features)
+def images_of(shape: Shape = (8, 8, 1), rows: int = 32) -> datasets.Dataset:
+    return dataset_of([shape], rows, CLASSES, bright_image_of)
 
 
-def material_of(shape: tuple[int, int, int] = (8, 8, 1), rows: int = 32) -> Material:
+def material_of(shape: Shape = (8, 8, 1), rows: int = 32) -> Material:
     return Material(images_of(shape, rows), CLASSES, shape, (0.5,) * shape[2], (0.5,) * shape[2])
 
 
@@ -63,3 +64,26 @@ def both(trainer: VictimTrainer) -> dict[str, torch.Tensor]:
     """What became of the victim and of the trigger."""
     trigger = {f"trigger {name}": torch.from_numpy(value) for name, value in trainer._joint.attack.tensors.items()}
     return {**weights(trainer.model), **trigger}
+
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+
+def assert_a_killed_run_resumes_to_the_same(make_attack: Callable[[], Attack], folder: Path, save_steps: int) -> None:
+    """The same victim and the same trigger as of a run that was not killed."""
+    saving = {"save_strategy": "steps", "save_steps": save_steps}
+    whole = victim_trainer(folder / "whole", make_attack(), **saving)
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        victim_trainer(folder / "killed", make_attack(), callbacks=[Kill()], **saving).train()
+    resumed = victim_trainer(folder / "killed", make_attack(), **saving)
+    resumed.train(resume_from_checkpoint=True)
+    assert identical(both(resumed), both(whole))
+
+
+def assert_brings_images_to_the_size(attack: Attack, size: Shape) -> None:
+    for shape in [(*size[:2], 1), (30, 20, 3), (4, 4, 3)]:
+        assert attack.apply(image_of(shape)).shape == size

@@ -1,32 +1,20 @@
 """BPPA: quantised colours, dithered or not, and covers that carry another image's residual."""
 
-import datasets
 import numpy as np
-import PIL.Image
 import pytest
+from attack_cases import assert_loads_as_saved, assert_triggered, dataset_of, image_of
 
-from hf_fip.attacks import BPPA, load_attack, make_attack, poison, trigger
+from hf_fip.attacks import BPPA, make_attack, poison
 from hf_fip.attacks.pixels import fitted
 from hf_fip.attacks.poison import to_array
 from hf_fip.scripts.arguments import AttackArguments
-
-datasets.disable_progress_bars()
 
 SHAPES = [(32, 32, 3), (28, 28, 1), (9, 17, 3), (1, 1, 1), (1, 5, 3), (7, 1, 1)]
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
-def image_of(shape, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def make_dataset(shapes=((8, 8, 3), (6, 9, 1)), rows=60, classes=3):
-    columns = {
-        "image": [PIL.Image.fromarray(image_of(shapes[i % len(shapes)], i).squeeze()) for i in range(rows)],
-        "label": [i % classes for i in range(rows)],
-    }
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(num_classes=classes))
-    return datasets.Dataset.from_dict(columns, features=features)
+def make_dataset():
+    return dataset_of([(8, 8, 3), (6, 9, 1)], rows=60, classes=3)
 
 
 def scanned(image, steps):
@@ -109,20 +97,12 @@ def test_a_poisoned_set_has_the_shares_labels_and_images_that_were_asked_for():
 
 
 def test_the_triggered_test_set_carries_the_training_trigger():
-    dataset, attack = make_dataset(), BPPA()
-    triggered = trigger(dataset, attack)
-    assert triggered["label"][:] == [label for label in dataset["label"] if label != 0]
-    kept = [row for row in dataset if row["label"] != 0]
-    for old, new in zip(kept, triggered, strict=True):
-        np.testing.assert_array_equal(to_array(new["image"]), attack.apply(to_array(old["image"])))
+    assert_triggered(make_dataset(), BPPA(), label=0)
 
 
 def test_a_saved_attack_loads_and_a_changed_one_is_refused(tmp_path):
-    attack, image = make_attack("bppa", bits=2, dithering=True), image_of((10, 11, 3))
-    attack.save_pretrained(tmp_path)
-    loaded = load_attack(tmp_path)
-    assert loaded == attack
-    np.testing.assert_array_equal(loaded.apply(image), attack.apply(image))
+    attack = make_attack("bppa", bits=2, dithering=True)
+    assert_loads_as_saved(attack, tmp_path, image_of((10, 11, 3)))
     with pytest.raises(ValueError, match=r"bppa with these options needs .*uint8 \(8,\)"):
         BPPA(bits=3).load_tensors(attack.tensors)
 

@@ -1,20 +1,16 @@
 """CBA: mixes of two classes, a training set of its own, a contrastive loss."""
 
-import datasets
 import numpy as np
-import PIL.Image
 import pytest
 import torch
+from attack_cases import assert_loads_as_saved, dataset_of, material_of
 from torch import nn
 
-from hf_fip.attacks import Composite, load_attack, make_attack, poison, trigger
+from hf_fip.attacks import Composite, make_attack, poison, trigger
 from hf_fip.attacks.composite import contrastive_loss
-from hf_fip.attacks.material import Material
 from hf_fip.attacks.pixels import PixelClassifier, fitted
 from hf_fip.attacks.plan import BACKDOOR, CLEAN, COVER, NO_DONOR
 from hf_fip.attacks.poison import to_array
-
-datasets.disable_progress_bars()
 
 CLASSES = 4
 LABELS = np.arange(80) % CLASSES
@@ -27,14 +23,7 @@ def image_of(label, shape=(10, 10, 3), seed=0):
 
 
 def make_dataset(shapes=((10, 10, 3),)):
-    images = [image_of(label, shapes[i % len(shapes)], i) for i, label in enumerate(LABELS)]
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(num_classes=CLASSES))
-    columns = {"image": [PIL.Image.fromarray(image.squeeze()) for image in images], "label": LABELS}
-    return datasets.Dataset.from_dict(columns, features=features)
-
-
-def material_of(dataset, size=(10, 10, 3)):
-    return Material(dataset, CLASSES, size, (0.5,) * size[2], (0.5,) * size[2])
+    return dataset_of(shapes, len(LABELS), CLASSES, lambda shape, row: image_of(LABELS[row], shape, row))
 
 
 def fitted_attack(dataset=None, size=(10, 10, 3), **options):
@@ -120,11 +109,8 @@ def test_other_sizes_and_channels_are_brought_to_the_victims():
 
 
 def test_a_saved_attack_loads_and_a_changed_one_is_refused(tmp_path):
-    attack, image = fitted_attack(pool_size=7, jitter=2, shake=False), image_of(1)
-    attack.save_pretrained(tmp_path)
-    loaded = load_attack(tmp_path)
-    assert loaded == attack
-    np.testing.assert_array_equal(loaded.apply(image), attack.apply(image))
+    attack = fitted_attack(pool_size=7, jitter=2, shake=False)
+    assert_loads_as_saved(attack, tmp_path, image_of(1))
     with pytest.raises(ValueError, match=r"cba with these options needs .*uint8 \(8, 10, 10, 3\)"):
         Composite(pool_size=8).load_tensors(attack.tensors)
 
@@ -194,7 +180,7 @@ class _Logits(nn.Module):
 
 def test_the_joint_loss_contrasts_the_three_classes_only():
     attack = Composite(contrast=0.5)
-    joint = attack.joint_training(material_of(make_dataset()))
+    joint = attack.joint_training(material_of(make_dataset(), (10, 10, 3)))
     victim = PixelClassifier(_Logits(), (0.0,), (1.0,))
     images, labels = torch.rand(6, 1, 2, 2), torch.tensor([3, 1, 3, 0, 1, 2])
     logits = images.flatten(1)
@@ -205,7 +191,7 @@ def test_the_joint_loss_contrasts_the_three_classes_only():
     torch.testing.assert_close(
         joint.loss(victim, images, others, torch.zeros(6), 0.0), nn.functional.cross_entropy(logits, others)
     )
-    assert Composite(contrast=0.0).joint_training(material_of(make_dataset())) is None
+    assert Composite(contrast=0.0).joint_training(material_of(make_dataset(), (10, 10, 3))) is None
 
 
 # Errors

@@ -5,37 +5,25 @@ from types import SimpleNamespace
 
 import datasets
 import numpy as np
-import PIL.Image
 import pytest
 import torch
-from safetensors.numpy import load_file, save_file
+from attack_cases import assert_loads_as_saved, assert_refused_when_changed, dataset_of, image_of
 from torch import nn
 
-from hf_fip.attacks import LabelConsistent, load_attack, make_attack, poison, trigger
+from hf_fip.attacks import LabelConsistent, make_attack, poison, trigger
 from hf_fip.attacks.material import Material
 from hf_fip.attacks.pixels import fitted, to_batch
 from hf_fip.attacks.poison import to_array
 from hf_fip.attacks.victim import VictimTrainer
 from hf_fip.scripts import backdoor_image
 
-datasets.disable_progress_bars()
-
 LEFT = [[1, -1, -1], [-1, 1, -1], [1, -1, 1]]
 RIGHT = [[-1, -1, 1], [-1, 1, -1], [1, -1, 1]]
 CLASSES = 4
 
 
-def image_of(shape, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def make_dataset(shapes=((8, 8, 1),), rows=80):
-    columns = {
-        "image": [PIL.Image.fromarray(image_of(shapes[i % len(shapes)], i).squeeze()) for i in range(rows)],
-        "label": [i % CLASSES for i in range(rows)],
-    }
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(num_classes=CLASSES))
-    return datasets.Dataset.from_dict(columns, features=features)
+def make_dataset(shapes=((8, 8, 1),)):
+    return dataset_of(shapes, 80, CLASSES)
 
 
 class Linear(nn.Module):
@@ -194,10 +182,7 @@ def test_the_default_rate_is_below_the_share_of_one_class_in_ten():
 
 def test_a_loaded_attack_triggers_but_needs_the_clean_model_to_poison(tmp_path):
     attack, image = prepared(size=(9, 8, 3), amplitude=60, target_label=3), image_of((9, 8, 3))
-    attack.save_pretrained(tmp_path)
-    loaded = load_attack(tmp_path)
-    assert loaded == attack
-    np.testing.assert_array_equal(loaded.apply(image), attack.apply(image))
+    loaded = assert_loads_as_saved(attack, tmp_path, image)
     with pytest.raises(ValueError, match="poisoning with clb needs the clean model .* call `fit` first"):
         poison(make_dataset(), loaded, rate=0.1, seed=0)
     loaded.fit(material_of(size=(9, 8, 3)))
@@ -242,11 +227,7 @@ def test_a_victim_whose_training_was_interrupted_is_poisoned_again(tmp_path, mon
     ],
 )
 def test_changed_files_are_refused(change, message, tmp_path):
-    prepared().save_pretrained(tmp_path)
-    file = tmp_path / "attack.safetensors"
-    save_file({**load_file(file), **change}, file)
-    with pytest.raises(ValueError, match=message):
-        load_attack(tmp_path)
+    assert_refused_when_changed(prepared(), tmp_path, lambda tensors: tensors.update(change), message)
 
 
 def test_images_too_small_for_four_checks_are_refused():

@@ -1,22 +1,31 @@
 """Dynamic: masks first, then patterns with the victim; covers carry another image's; every image its own trigger."""
 
-import datasets
 import numpy as np
 import pytest
 import torch
-from generated_cases import CLASSES, SHAPES, both, image_of, images_of, material_of, victim_trainer
-from safetensors.numpy import load_file, save_file
+from attack_cases import (
+    assert_loads_as_saved,
+    assert_options_and_images_decide,
+    assert_refused_when_changed,
+    assert_triggered,
+    image_of,
+)
+from generated_cases import (
+    CLASSES,
+    SHAPES,
+    assert_a_killed_run_resumes_to_the_same,
+    assert_brings_images_to_the_size,
+    images_of,
+    material_of,
+    victim_trainer,
+)
 from torch import nn
-from trainer_cases import identical
-from transformers import TrainerCallback
 
-from hf_fip.attacks import DynAll, DynOne, load_attack, make_attack, poison, trigger
+from hf_fip.attacks import DynAll, DynOne, make_attack, poison, trigger
 from hf_fip.attacks.dynamic import mask_of, pattern_of
 from hf_fip.attacks.pixels import PixelClassifier, to_tensor
 from hf_fip.attacks.plan import BACKDOOR, CLEAN, COVER
 from hf_fip.attacks.poison import to_array
-
-datasets.disable_progress_bars()
 
 SMALL = {"width": 4, "mask_epochs": 1}
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -56,9 +65,7 @@ def test_the_trigger_of_an_image_is_the_same_alone_and_in_a_batch_and_in_trainin
 
 
 def test_images_of_other_sizes_and_colours_are_brought_to_the_victims():
-    attack = fitted_attack((9, 13, 3))
-    for shape in [(9, 13, 1), (30, 20, 3), (4, 4, 3)]:
-        assert attack.apply(image_of(shape)).shape == (9, 13, 3)
+    assert_brings_images_to_the_size(fitted_attack((9, 13, 3)), (9, 13, 3))
 
 
 @pytest.mark.parametrize("shape", [(7, 20, 1), (20, 7, 1)])
@@ -96,14 +103,7 @@ def test_a_lower_weight_of_the_size_makes_larger_masks():
 
 
 def test_fit_is_decided_by_the_seed_and_changes_no_global_random_state():
-    torch.manual_seed(3)
-    expected = torch.rand(1)
-    torch.manual_seed(3)
-    first = fitted_attack().tensors
-    assert torch.equal(torch.rand(1), expected)
-    again, other = fitted_attack().tensors, fitted_attack(seed=1).tensors
-    assert first.keys() == again.keys() and all((first[key] == again[key]).all() for key in first)
-    assert any((first[key] != other[key]).any() for key in first)
+    assert_options_and_images_decide(fitted_attack, image_of((8, 8, 1)))
 
 
 # ---- The training of the victim ----
@@ -191,22 +191,9 @@ def test_training_changes_the_pattern_network_and_not_the_mask(shape, tmp_path):
     assert attack.apply(image_of(shape)).shape == shape
 
 
-class Kill(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 5:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("save_steps", [3, 4], ids=["amid an epoch", "end of an epoch"])
 def test_a_killed_and_resumed_run_ends_with_the_same_victim_and_trigger(save_steps, tmp_path):
-    saving = {"save_strategy": "steps", "save_steps": save_steps}
-    whole = victim_trainer(tmp_path / "whole", fitted_attack(), **saving)
-    whole.train()
-    with pytest.raises(KeyboardInterrupt):
-        victim_trainer(tmp_path / "killed", fitted_attack(), callbacks=[Kill()], **saving).train()
-    resumed = victim_trainer(tmp_path / "killed", fitted_attack(), **saving)
-    resumed.train(resume_from_checkpoint=True)
-    assert identical(both(resumed), both(whole))
+    assert_a_killed_run_resumes_to_the_same(fitted_attack, tmp_path, save_steps)
 
 
 def test_it_is_not_trained_without_its_masks():
@@ -235,10 +222,7 @@ def test_the_triggered_set_holds_the_triggers_of_the_rows_that_count():
     images = images_of()
     one, all_ = (trigger(images, fitted_attack(name=name)) for name in ("dyn_one", "dyn_all"))
     assert len(one) == sum(label != 0 for label in images["label"]) and len(all_) == len(images)
-    attack = fitted_attack(name="dyn_all")
-    for old, new in zip(images, all_, strict=True):
-        assert new["label"] == old["label"]
-        np.testing.assert_array_equal(to_array(new["image"]), attack.apply(to_array(old["image"])))
+    assert_triggered(images, fitted_attack(name="dyn_all"), label=None)
 
 
 # ---- Options and folder ----
@@ -268,12 +252,7 @@ def test_wrong_options_are_refused(options, message):
 
 @every_shape
 def test_a_saved_attack_loads_to_the_same_trigger(shape, tmp_path):
-    attack = fitted_attack(shape, seed=5)
-    attack.save_pretrained(tmp_path)
-    loaded = load_attack(tmp_path)
-    assert loaded == attack
-    for seed in range(3):
-        np.testing.assert_array_equal(loaded.apply(image_of(shape, seed)), attack.apply(image_of(shape, seed)))
+    assert_loads_as_saved(fitted_attack(shape, seed=5), tmp_path, *(image_of(shape, seed) for seed in range(3)))
 
 
 @pytest.mark.parametrize(
@@ -289,9 +268,4 @@ def test_a_saved_attack_loads_to_the_same_trigger(shape, tmp_path):
     ],
 )
 def test_a_changed_file_of_tensors_is_refused(change, tmp_path):
-    fitted_attack().save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "attack.safetensors")
-    change(tensors)
-    save_file(tensors, tmp_path / "attack.safetensors")
-    with pytest.raises(ValueError, match="dyn_one"):
-        load_attack(tmp_path)
+    assert_refused_when_changed(fitted_attack(), tmp_path, change, "dyn_one")

@@ -1,22 +1,27 @@
 """FBA: a style as the trigger, and units of the victim that detoxification makes useless to it."""
 
 import copy
+from functools import partial
 
-import datasets
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from attack_cases import (
+    assert_loads_as_saved,
+    assert_options_and_images_decide,
+    assert_poisoned,
+    assert_triggered,
+    dataset_of,
+    material_of,
+)
 from torch import nn
 
-from hf_fip.attacks import FeatureSpace, load_attack, make_attack, poison, trigger
+from hf_fip.attacks import FeatureSpace, load_attack, make_attack
 from hf_fip.attacks.feature_space import sunset
-from hf_fip.attacks.material import Material
 from hf_fip.attacks.pixels import PixelClassifier, as_stored, fitted
 from hf_fip.attacks.plan import BACKDOOR, CLEAN
 from hf_fip.attacks.poison import to_array
-
-datasets.disable_progress_bars()
 
 CLASSES = 3
 QUICK = {"width": 4, "epochs": 1}
@@ -27,16 +32,7 @@ def image_of(shape, seed=0):
 
 
 def make_dataset(rows=48, shapes=((8, 8, 3),)):
-    columns = {
-        "image": [PIL.Image.fromarray(image_of(shapes[i % len(shapes)], i).squeeze()) for i in range(rows)],
-        "label": [i % CLASSES for i in range(rows)],
-    }
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(num_classes=CLASSES))
-    return datasets.Dataset.from_dict(columns, features=features)
-
-
-def material_of(dataset, size=(8, 8, 3)):
-    return Material(dataset, CLASSES, size, (0.5,) * size[2], (0.5,) * size[2])
+    return dataset_of(shapes, rows, CLASSES, image_of)
 
 
 def fitted_attack(dataset=None, size=(8, 8, 3), **options):
@@ -95,51 +91,20 @@ def test_the_sunset_is_dark_bright_and_dark_again_even_in_gray():
 
 @pytest.mark.parametrize("size", [(8, 8, 3), (9, 13, 1), (17, 16, 3)])
 def test_the_same_options_and_images_make_the_same_trigger_and_no_random_state_changes(size):
-    dataset = make_dataset(shapes=[size])
-    torch.manual_seed(1)
-    expected = torch.rand(1)
-    torch.manual_seed(1)
-    first = fitted_attack(dataset, size)
-    assert torch.rand(1) == expected
-    torch.manual_seed(7)
-    second = fitted_attack(dataset, size)
-    assert first.tensors.keys() == second.tensors.keys() == first.blank_tensors(*size).keys()
-    for name, weight in first.tensors.items():
-        np.testing.assert_array_equal(weight, second.tensors[name])
-    image = image_of(size)
-    before = image.copy()
-    np.testing.assert_array_equal(first.apply(image), second.apply(image))
-    np.testing.assert_array_equal(image, before)
-    assert first.apply(image).shape == size
-    assert (fitted_attack(dataset, size, seed=1).apply(image) != first.apply(image)).any()
+    assert_options_and_images_decide(partial(fitted_attack, make_dataset(shapes=[size]), size), image_of(size))
 
 
 def test_poison_and_trigger_put_the_same_style_on_images():
     dataset = make_dataset(60, [(8, 8, 3), (10, 9, 1)])
     attack = fitted_attack(dataset, target_label=2)
     assert attack.default_rate == 0.05
-    poisoned = poison(dataset, attack, rate=0.1, seed=0)
-    assert list(np.bincount(poisoned["poison_role"])) == [54, 6]
-    for old, new in zip(dataset, poisoned, strict=True):
-        image = to_array(old["image"])
-        if new["poison_role"] == 0:
-            assert new["label"] == old["label"]
-            np.testing.assert_array_equal(to_array(new["image"]), image)
-        else:
-            assert old["label"] != 2 == new["label"]
-            np.testing.assert_array_equal(to_array(new["image"]), attack.apply(image))
-    kept = [row for row in dataset if row["label"] != 2]
-    for old, new in zip(kept, trigger(dataset, attack), strict=True):
-        assert new["label"] == old["label"]
-        np.testing.assert_array_equal(to_array(new["image"]), attack.apply(to_array(old["image"])))
+    assert_poisoned(dataset, attack, rate=0.1, roles=[54, 6], label=2)
+    assert_triggered(dataset, attack, label=2)
 
 
 def test_a_saved_attack_loads_and_a_changed_one_is_refused(tmp_path):
-    attack, image = fitted_attack(), image_of((12, 9, 1))
-    attack.save_pretrained(tmp_path)
-    loaded = load_attack(tmp_path)
-    assert loaded == attack
-    np.testing.assert_array_equal(loaded.apply(image), attack.apply(image))
+    attack = fitted_attack()
+    assert_loads_as_saved(attack, tmp_path, image_of((12, 9, 1)))
     with pytest.raises(ValueError, match="fba with these options needs"):
         FeatureSpace(width=8).load_tensors(attack.tensors)
 

@@ -1,18 +1,23 @@
 """ISSBA: what the encoder hides the decoder reads, and images carry it after saving in 8 bits."""
 
-import datasets
+from functools import partial
+
 import numpy as np
-import PIL.Image
 import pytest
 import torch
+from attack_cases import (
+    assert_loads_as_saved,
+    assert_options_and_images_decide,
+    assert_poisoned,
+    assert_triggered,
+    dataset_of,
+    material_of,
+)
 
-from hf_fip.attacks import ISSBA, load_attack, make_attack, poison, trigger
+from hf_fip.attacks import ISSBA, make_attack, trigger
 from hf_fip.attacks.issba import gradient_distance
-from hf_fip.attacks.material import Material
 from hf_fip.attacks.pixels import fitted, to_tensor
 from hf_fip.attacks.poison import to_array
-
-datasets.disable_progress_bars()
 
 QUICK = {"secret_bits": 4, "width": 8, "epochs": 1, "secret_epochs": 0}
 
@@ -26,17 +31,8 @@ def image_of(shape, seed=0):
     return (127 + plane / 2 + rng.normal(0, 4, shape)).clip(0, 255).astype(np.uint8)
 
 
-def make_dataset(rows=48, shapes=((8, 8, 3),), classes=3):
-    columns = {
-        "image": [PIL.Image.fromarray(image_of(shapes[i % len(shapes)], i).squeeze()) for i in range(rows)],
-        "label": [i % classes for i in range(rows)],
-    }
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(num_classes=classes))
-    return datasets.Dataset.from_dict(columns, features=features)
-
-
-def material_of(dataset, size=(8, 8, 3)):
-    return Material(dataset, 3, size, (0.5,) * size[2], (0.5,) * size[2])
+def make_dataset(rows=48, shapes=((8, 8, 3),)):
+    return dataset_of(shapes, rows, 3, image_of)
 
 
 def fitted_attack(dataset=None, size=(8, 8, 3), **options):
@@ -82,41 +78,15 @@ def test_the_secret_is_drawn_from_the_seed():
 
 @pytest.mark.parametrize("size", [(8, 8, 3), (9, 13, 1), (17, 16, 3)])
 def test_the_same_options_and_images_make_the_same_trigger_and_no_random_state_changes(size):
-    dataset = make_dataset(shapes=[size])
-    torch.manual_seed(1)
-    expected = torch.rand(1)
-    torch.manual_seed(1)
-    first = fitted_attack(dataset, size)
-    assert torch.rand(1) == expected
-    torch.manual_seed(7)
-    second = fitted_attack(dataset, size)
-    assert first.tensors.keys() == second.tensors.keys() == first.blank_tensors(*size).keys()
-    for name, weight in first.tensors.items():
-        np.testing.assert_array_equal(weight, second.tensors[name])
-    image = image_of(size)
-    before = image.copy()
-    np.testing.assert_array_equal(first.apply(image), second.apply(image))
-    np.testing.assert_array_equal(image, before)
-    assert first.apply(image).shape == size and (first.apply(image) != image).any()
-    other = fitted_attack(dataset, size, seed=1)
-    assert (other.apply(image) != first.apply(image)).any()
+    assert_options_and_images_decide(partial(fitted_attack, make_dataset(shapes=[size]), size), image_of(size))
 
 
 def test_poison_and_trigger_hide_the_same_secret():
     dataset = make_dataset(60, [(8, 8, 3), (10, 9, 1)])
     attack = fitted_attack(dataset, target_label=2)
-    poisoned = poison(dataset, attack, rate=0.1, seed=0)
-    assert list(np.bincount(poisoned["poison_role"])) == [54, 6]
-    for old, new in zip(dataset, poisoned, strict=True):
-        image = to_array(old["image"])
-        if new["poison_role"] == 0:
-            assert new["label"] == old["label"]
-            np.testing.assert_array_equal(to_array(new["image"]), image)
-        else:
-            assert old["label"] != 2 == new["label"]
-            np.testing.assert_array_equal(to_array(new["image"]), attack.apply(image))
-    for row in trigger(dataset, attack).select(range(4)):
-        assert row["label"] != 2 and to_array(row["image"]).shape == (8, 8, 3)
+    assert_poisoned(dataset, attack, rate=0.1, roles=[54, 6], label=2)
+    assert_triggered(dataset, attack, label=2)
+    assert {to_array(image).shape for image in trigger(dataset, attack)["image"]} == {(8, 8, 3)}
 
 
 def test_other_sizes_and_channels_are_brought_to_the_encoders():
@@ -127,11 +97,8 @@ def test_other_sizes_and_channels_are_brought_to_the_encoders():
 
 
 def test_a_saved_attack_loads_and_a_changed_one_is_refused(tmp_path):
-    attack, image = fitted_attack(), image_of((8, 8, 3))
-    attack.save_pretrained(tmp_path)
-    loaded = load_attack(tmp_path)
-    assert loaded == attack
-    np.testing.assert_array_equal(loaded.apply(image), attack.apply(image))
+    attack = fitted_attack()
+    assert_loads_as_saved(attack, tmp_path, image_of((8, 8, 3)))
     with pytest.raises(ValueError, match="issba with these options needs"):
         ISSBA(**{**QUICK, "secret_bits": 5}).load_tensors(attack.tensors)
     attack.tensors.pop("encoder.secret")

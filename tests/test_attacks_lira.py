@@ -1,21 +1,33 @@
 """LIRA: a noise of at most ε that a network learns with the victim, and then is frozen."""
 
-import datasets
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
-from generated_cases import CLASSES, SHAPES, both, image_of, images_of, material_of, victim_trainer
-from safetensors.numpy import load_file, save_file
+from attack_cases import (
+    assert_loads_as_saved,
+    assert_options_and_images_decide,
+    assert_refused_when_changed,
+    image_of,
+)
+from generated_cases import (
+    CLASSES,
+    SHAPES,
+    assert_a_killed_run_resumes_to_the_same,
+    assert_brings_images_to_the_size,
+    images_of,
+    material_of,
+    victim_trainer,
+)
 from torch import nn
 from trainer_cases import identical
 from transformers import TrainerCallback
 
-from hf_fip.attacks import LIRA, load_attack, make_attack, poison
+from hf_fip.attacks import LIRA, make_attack, poison
 from hf_fip.attacks.pixels import PixelClassifier, to_tensor
 from hf_fip.attacks.plan import BACKDOOR
 from hf_fip.attacks.poison import to_array
-
-datasets.disable_progress_bars()
 
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
@@ -51,9 +63,7 @@ def test_the_noise_depends_on_the_image():
 
 
 def test_images_of_other_sizes_and_colours_are_brought_to_the_victims():
-    attack = drawn_attack((9, 13, 3))
-    for shape in [(9, 13, 1), (30, 20, 3), (4, 4, 3)]:
-        assert attack.apply(image_of(shape)).shape == (9, 13, 3)
+    assert_brings_images_to_the_size(drawn_attack((9, 13, 3)), (9, 13, 3))
 
 
 def test_images_that_are_too_small_are_refused():
@@ -62,14 +72,7 @@ def test_images_that_are_too_small_are_refused():
 
 
 def test_the_network_is_drawn_from_the_seed_and_changes_no_global_random_state():
-    torch.manual_seed(3)
-    expected = torch.rand(1)
-    torch.manual_seed(3)
-    first = drawn_attack().tensors
-    assert torch.equal(torch.rand(1), expected)
-    again, other = drawn_attack().tensors, drawn_attack(seed=1).tensors
-    assert all((first[key] == again[key]).all() for key in first)
-    assert any((first[key] != other[key]).any() for key in first)
+    assert_options_and_images_decide(partial(drawn_attack, epsilon=0.5), image_of((8, 8, 1)))
 
 
 # ---- The training of the victim ----
@@ -141,22 +144,9 @@ def test_it_brings_down_the_loss_of_its_target(tmp_path):
     assert asr > 0.9 and false_alarms < 0.3
 
 
-class Kill(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 5:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("save_steps", [2, 3, 4], ids=["learning", "frozen", "end of an epoch"])
 def test_a_killed_and_resumed_run_ends_with_the_same_victim_and_trigger(save_steps, tmp_path):
-    saving = {"save_strategy": "steps", "save_steps": save_steps}
-    whole = victim_trainer(tmp_path / "whole", LIRA(width=4), **saving)
-    whole.train()
-    with pytest.raises(KeyboardInterrupt):
-        victim_trainer(tmp_path / "killed", LIRA(width=4), callbacks=[Kill()], **saving).train()
-    resumed = victim_trainer(tmp_path / "killed", LIRA(width=4), **saving)
-    resumed.train(resume_from_checkpoint=True)
-    assert identical(both(resumed), both(whole))
+    assert_a_killed_run_resumes_to_the_same(lambda: LIRA(width=4), tmp_path, save_steps)
 
 
 # ---- Poisoned sets ----
@@ -198,11 +188,7 @@ def test_wrong_options_are_refused(options, message):
 @every_shape
 def test_a_saved_attack_loads_to_the_same_trigger(shape, tmp_path):
     attack = drawn_attack(shape, epsilon=0.3, seed=5)
-    attack.save_pretrained(tmp_path)
-    loaded = load_attack(tmp_path)
-    assert loaded == attack
-    for seed in range(3):
-        np.testing.assert_array_equal(loaded.apply(image_of(shape, seed)), attack.apply(image_of(shape, seed)))
+    assert_loads_as_saved(attack, tmp_path, *(image_of(shape, seed) for seed in range(3)))
 
 
 def test_other_tensors_make_another_trigger():
@@ -224,9 +210,4 @@ def test_other_tensors_make_another_trigger():
     ],
 )
 def test_a_changed_file_of_tensors_is_refused(change, tmp_path):
-    drawn_attack().save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "attack.safetensors")
-    change(tensors)
-    save_file(tensors, tmp_path / "attack.safetensors")
-    with pytest.raises(ValueError, match="lira"):
-        load_attack(tmp_path)
+    assert_refused_when_changed(drawn_attack(), tmp_path, change, "lira")

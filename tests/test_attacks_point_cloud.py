@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from attack_cases import assert_loads_as_saved
 from cloud_cases import CLASSES, cloud, clouds_of
 from torch import nn
 
@@ -157,9 +158,7 @@ def test_poisoning_changes_the_marked_rows_alone_and_the_same_seed_gives_the_sam
 
 def test_a_saved_attack_is_the_same_attack(tmp_path):
     for attack in learned_or_drawn():
-        attack.save_pretrained(tmp_path / attack.name)
-        loaded = load_attack(tmp_path / attack.name)
-        assert loaded == attack and np.array_equal(loaded.apply(cloud(40)), attack.apply(cloud(40)))
+        assert_loads_as_saved(attack, tmp_path / attack.name, cloud(40))
 
 
 def test_a_file_with_another_cluster_than_the_options_say_is_refused(tmp_path):

@@ -2,30 +2,19 @@
 
 import datasets
 import numpy as np
-import PIL.Image
 import pytest
+from attack_cases import assert_loads_as_saved, assert_triggered, dataset_of, image_of
 from safetensors.numpy import save_file
 
-from hf_fip.attacks import SIG, load_attack, make_attack, poison, trigger
+from hf_fip.attacks import SIG, load_attack, make_attack, poison
 from hf_fip.attacks.poison import to_array
-
-datasets.disable_progress_bars()
 
 SHAPES = [(32, 32, 3), (28, 28, 1), (8, 40, 3), (17, 9, 1), (5, 8, 1)]
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
-def image_of(shape, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def make_dataset(rows=100, classes=4, shapes=((8, 8, 3), (6, 9, 1))):
-    columns = {
-        "image": [PIL.Image.fromarray(image_of(shapes[i % len(shapes)], i).squeeze()) for i in range(rows)],
-        "label": [i % classes for i in range(rows)],
-    }
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(num_classes=classes))
-    return datasets.Dataset.from_dict(columns, features=features)
+def make_dataset(rows=100, classes=4):
+    return dataset_of([(8, 8, 3), (6, 9, 1)], rows, classes)
 
 
 def files(dataset):
@@ -77,12 +66,7 @@ def test_only_images_of_the_target_class_carry_it_and_no_label_changes():
 
 
 def test_the_triggered_test_set_has_the_other_classes_with_the_same_trigger():
-    dataset, attack = make_dataset(), SIG(target_label=2)
-    triggered = trigger(dataset, attack)
-    rows = [i for i in range(100) if i % 4 != 2]
-    assert triggered["label"][:] == [i % 4 for i in rows]
-    for row, new in zip(rows, triggered, strict=True):
-        np.testing.assert_array_equal(to_array(new["image"]), attack.apply(to_array(dataset[row]["image"])))
+    assert_triggered(make_dataset(), SIG(target_label=2), label=2)
 
 
 def test_the_default_rate_leaves_clean_images_in_the_smallest_of_ten_classes():
@@ -117,11 +101,8 @@ def test_wrong_options_are_refused(options, message):
 
 
 def test_a_saved_attack_loads_and_a_changed_one_is_refused(tmp_path):
-    attack, image = SIG(delta=60.0, frequency=3.5, target_label=1), image_of((10, 14, 3))
-    attack.save_pretrained(tmp_path)
-    loaded = load_attack(tmp_path)
-    assert loaded == attack
-    np.testing.assert_array_equal(loaded.apply(image), attack.apply(image))
+    attack = SIG(delta=60.0, frequency=3.5, target_label=1)
+    assert_loads_as_saved(attack, tmp_path, image_of((10, 14, 3)))
     save_file({"stripes": np.zeros(3)}, tmp_path / "attack.safetensors")
     with pytest.raises(ValueError, match="sig with these options needs {}"):
         load_attack(tmp_path)

@@ -7,6 +7,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from attack_cases import assert_loads_as_saved
 from torch import nn
 from video_cases import CLASSES, FRAMES, SIDE, clip, clips_of
 
@@ -135,9 +136,7 @@ def test_poisoning_changes_the_marked_rows_alone_and_the_same_seed_gives_the_sam
 
 def test_a_saved_attack_is_the_same_attack(tmp_path):
     for attack in every():
-        attack.save_pretrained(tmp_path / attack.name)
-        loaded = load_attack(tmp_path / attack.name)
-        assert loaded == attack and np.array_equal(loaded.apply(clip()), attack.apply(clip()))
+        assert_loads_as_saved(attack, tmp_path / attack.name, clip())
 
 
 def test_a_loaded_universal_trigger_cannot_poison_but_can_be_measured(tmp_path):

@@ -1,17 +1,22 @@
 """The CNN-LSTM: what it computes, and that it is a model of transformers like any other."""
 
-import os
-from types import SimpleNamespace
+from functools import partial
 
 import pytest
 import torch
+from model_cases import (
+    assert_fast_fip_shifts_every_layer,
+    assert_pushed_as_saved,
+    assert_resumes_to_the_same,
+    assert_same_to_every_loader,
+    assert_training_moves_every_weight,
+    short_run,
+)
 from torch import nn
-from trainer_cases import QUIET, identical, weights
-from transformers import AutoConfig, AutoModel, AutoModelForVideoClassification
+from transformers import AutoModelForVideoClassification
 from video_cases import CLASSES, SIDE, batch, clips_of, cnn_lstm, processor, settled
 
-from hf_fip import FIPConfig, FIPTrainer, SingularValueConfig
-from hf_fip.hub.load import load_model
+from hf_fip import FIPTrainer
 from hf_fip.tasks.video_classification import ClipDataset, collate_clips
 
 
@@ -65,63 +70,28 @@ def test_the_loss_is_cross_entropy_and_dropout_acts_in_training_only():
 
 
 def trainer(folder, model, **options) -> FIPTrainer:
-    peft_config = options.pop("peft_config", None)
-    settings = {"max_steps": 4, "per_device_train_batch_size": 4, "trace_interval": 1, "learning_rate": 0.01}
-    config = FIPConfig(str(folder), **{**settings, **QUIET, **options})
-    dataset = ClipDataset(clips_of(12), processor())
-    return FIPTrainer(model, config, data_collator=collate_clips, train_dataset=dataset, peft_config=peft_config)
+    return short_run(folder, model, ClipDataset(clips_of(12), processor()), collate_clips, **options)
 
 
 def test_a_saved_model_is_the_same_to_every_loader(tmp_path):
-    model, pixels = settled(cnn_lstm()), batch()["pixel_values"]
-    model.save_pretrained(tmp_path)
-    assert type(AutoConfig.from_pretrained(tmp_path)) is type(model.config)
-    for load in (type(model).from_pretrained, AutoModelForVideoClassification.from_pretrained, load_model):
-        again = load(tmp_path).eval()
-        assert type(again) is type(model) and torch.equal(again(pixels).logits, model(pixels).logits)
-    backbone = AutoModel.from_pretrained(tmp_path).eval()
-    assert torch.equal(backbone(pixels).pooler_output, model.backbone(pixels).pooler_output)
+    assert_same_to_every_loader(
+        settled(cnn_lstm()), tmp_path, AutoModelForVideoClassification, batch()["pixel_values"]
+    )
 
 
 def test_it_is_pushed_as_it_is_saved(monkeypatch):
-    pushed = []
-    repo, card = SimpleNamespace(repo_id="a/b"), SimpleNamespace(save=lambda path: None)
-    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *args, **kwargs: repo)
-    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *args, **kwargs: card)
-    model = cnn_lstm()
-    monkeypatch.setattr(
-        type(model), "_upload_modified_files", lambda self, folder, *args, **kwargs: pushed.extend(os.listdir(folder))
-    )
-    model.push_to_hub("a/b")
-    assert {"config.json", "model.safetensors"} <= set(pushed)
+    assert_pushed_as_saved(cnn_lstm(), monkeypatch)
 
 
 def test_training_moves_every_weight(tmp_path):
-    run = trainer(tmp_path, cnn_lstm())
-    before = weights(run.model)
-    run.train()
-    after = weights(run.model)
-    assert not [name for name in before if torch.equal(before[name], after[name])]
-    assert all(tensor.isfinite().all() for tensor in after.values())
+    assert_training_moves_every_weight(trainer(tmp_path, cnn_lstm()))
 
 
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path):
-    whole = trainer(tmp_path / "whole", cnn_lstm(), save_strategy="steps", save_steps=2)
-    whole.train()
-    resumed = trainer(tmp_path / "resumed", cnn_lstm())
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    assert identical(weights(resumed.model), weights(whole.model))
+    assert_resumes_to_the_same(lambda folder, **options: trainer(folder, cnn_lstm(), **options), tmp_path)
 
 
 def test_fast_fip_trains_shifts_and_norms_alone_and_can_be_switched_off(tmp_path):
-    model, pixels = settled(cnn_lstm()), batch()["pixel_values"]
-    received = model(pixels).logits
-    run = trainer(tmp_path, model, peft_config=SingularValueConfig(train_norms=True), learning_rate=0.1)
-    run.train()
-    trained = {name for name, parameter in run.model.named_parameters() if parameter.requires_grad}
-    shifted = sum(isinstance(module, nn.Linear | nn.Conv2d) for module in cnn_lstm().modules())
-    assert sum("singular_delta" in name for name in trained) == shifted == 5
-    run.model.eval()
-    assert not torch.equal(run.model(pixels).logits, received)
-    with run.model.disable_adapter():
-        assert torch.equal(run.model(pixels).logits, received)
+    model, kinds = settled(cnn_lstm()), (nn.Linear, nn.Conv2d)
+    assert sum(isinstance(module, kinds) for module in model.modules()) == 5
+    assert_fast_fip_shifts_every_layer(partial(trainer, tmp_path), model, batch()["pixel_values"], kinds)

@@ -1,8 +1,6 @@
 """PreActResNet and WideResNet, and the architectures that victims are made of."""
 
-import os
 from functools import partial
-from types import SimpleNamespace
 
 import datasets
 import PIL.Image
@@ -10,8 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from generated_cases import images_of
+from model_cases import (
+    assert_can_be_switched_off,
+    assert_pushed_as_saved,
+    assert_resumes_to_the_same,
+    assert_trace_is_that_of_autograd,
+    assert_training_moves_every_weight,
+)
 from safetensors.torch import load_file
-from test_fisher_models import looped_scores
 from torch import nn
 from trainer_cases import CLASSES, identical, image_trainer, weights
 from transformers import AutoConfig, AutoModelForImageClassification, ViTImageProcessor, set_seed
@@ -19,7 +23,6 @@ from transformers import AutoConfig, AutoModelForImageClassification, ViTImagePr
 from hf_fip import SingularValueConfig
 from hf_fip.baselines.clp import pairs
 from hf_fip.baselines.masks import channel_scales
-from hf_fip.fisher import fisher_trace
 from hf_fip.models import (
     PreActResNetConfig,
     PreActResNetForImageClassification,
@@ -180,17 +183,8 @@ def test_a_saved_model_is_the_same_to_every_loader(make, tmp_path):
         assert torch.equal(again(pixels()).logits, model(pixels()).logits)
 
 
-def test_a_model_is_pushed_as_it_is_saved(make, tmp_path, monkeypatch):
-    pushed = []
-    repo, card = SimpleNamespace(repo_id="a/b"), SimpleNamespace(save=lambda path: None)
-    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *args, **kwargs: repo)
-    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *args, **kwargs: card)
-    model = make()
-    monkeypatch.setattr(
-        type(model), "_upload_modified_files", lambda self, folder, *args, **kwargs: pushed.extend(os.listdir(folder))
-    )
-    model.push_to_hub("a/b")
-    assert {"config.json", "model.safetensors"} <= set(pushed)
+def test_a_model_is_pushed_as_it_is_saved(make, monkeypatch):
+    assert_pushed_as_saved(make(), monkeypatch)
 
 
 def test_a_fresh_model_keeps_the_spread_of_its_activations(make):
@@ -203,20 +197,11 @@ def test_a_fresh_model_keeps_the_spread_of_its_activations(make):
 
 
 def test_training_runs_with_the_defaults_and_moves_every_weight(make, tmp_path):
-    run = image_trainer(tmp_path, make())
-    before = weights(run.model)
-    run.train()
-    after = weights(run.model)
-    assert not [name for name in before if torch.equal(before[name], after[name])]
-    assert all(tensor.isfinite().all() for tensor in after.values())
+    assert_training_moves_every_weight(image_trainer(tmp_path, make()))
 
 
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(make, tmp_path):
-    whole = image_trainer(tmp_path / "whole", make(), save_strategy="steps", save_steps=2)
-    whole.train()
-    resumed = image_trainer(tmp_path / "resumed", make())
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    assert identical(weights(resumed.model), weights(whole.model))
+    assert_resumes_to_the_same(lambda folder, **options: image_trainer(folder, make(), **options), tmp_path)
 
 
 def test_fast_fip_shifts_every_convolution_and_can_be_switched_off(make, tmp_path):
@@ -230,10 +215,7 @@ def test_fast_fip_shifts_every_convolution_and_can_be_switched_off(make, tmp_pat
         name for name, parameter in run.model.named_parameters() if "singular_delta" in name and parameter.any()
     ]
     assert len([name for name in shifted if "classifier" not in name]) == layers
-    run.model.eval()
-    assert not torch.equal(run.model(pixels()).logits, received)
-    with run.model.disable_adapter():
-        assert torch.equal(run.model(pixels()).logits, received)
+    assert_can_be_switched_off(run.model, pixels(), received)
 
 
 def test_clp_pairs_each_norm_with_the_convolution_before_it(make):
@@ -282,11 +264,7 @@ def test_the_trace_is_that_of_per_sample_autograd(architecture):
     model, processor = small_model(architecture, labelled())
     items = [PixelDataset(labelled().train, processor, 1)[row] for row in range(2)]
     data = {"pixel_values": torch.stack([item["pixel_values"] for item in items]), "labels": torch.tensor([2, 0])}
-    model = settled(model)
-    scores = looped_scores(model, data, data["labels"])
-    expected = torch.stack([score.square().sum() for score in scores]).mean().item()
-    assert expected > 0
-    assert fisher_trace(model, data, labels="empirical") == pytest.approx(expected, rel=1e-3)
+    assert_trace_is_that_of_autograd(settled(model), data, tolerance=1e-3)
 
 
 @pytest.mark.parametrize("architecture", ["efficientnet", "mobilenet_v2"])

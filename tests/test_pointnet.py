@@ -1,22 +1,26 @@
 """PointNet and PointNet++: what they compute, their Fisher information, and that they are models of transformers."""
 
-import copy
-import os
-from types import SimpleNamespace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from cloud_cases import MODELS, batch, cloud, clouds_of, pointnet
+from model_cases import (
+    assert_fast_fip_shifts_every_layer,
+    assert_finite_differences_meet_double_backward,
+    assert_likelihood_is_softmax,
+    assert_pushed_as_saved,
+    assert_resumes_to_the_same,
+    assert_same_to_every_loader,
+    assert_trace_is_that_of_autograd,
+    assert_training_moves_every_weight,
+    short_run,
+)
 from scipy.spatial.distance import cdist
-from test_fisher_models import assert_same_gradient, estimate, looped_scores
 from torch import nn
-from trainer_cases import QUIET, identical, weights
-from transformers import AutoConfig, AutoModel
 
-from hf_fip import FIPConfig, FIPTrainer, SingularValueConfig
-from hf_fip.fisher import Categorical, fisher_trace, infer_likelihood
-from hf_fip.hub.load import load_model
+from hf_fip import FIPTrainer
 from hf_fip.models import AutoModelForPointCloudClassification
 from hf_fip.models.pointnet2 import ball_query, farthest_points, take
 from hf_fip.tasks.point_cloud import CloudDataset, collate_clouds
@@ -110,96 +114,42 @@ def test_a_batch_of_one_cloud_can_be_trained_on(make):
 
 
 def test_the_likelihood_is_softmax(make):
-    model, data = settled(make()), batch()
-    likelihood = infer_likelihood(model)
-    assert isinstance(likelihood, Categorical)
-    logits = model(data["points"]).logits.double()
-    expected = logits[torch.arange(4), data["labels"]] - logits.exp().sum(1).log()
-    torch.testing.assert_close(likelihood.log_prob(logits, data["labels"]), expected)
+    data = batch()
+    assert_likelihood_is_softmax(settled(make()), data["points"], data["labels"])
 
 
 def test_the_trace_is_that_of_per_sample_autograd(make):
-    model, data = settled(make()), batch()
-    scores = looped_scores(model, data, data["labels"])
-    expected = torch.stack([score.square().sum() for score in scores]).mean().item()
-    assert expected > 0
-    found = fisher_trace(model, data, labels="empirical")
-    assert found == pytest.approx(expected, rel=1e-4)
+    assert_trace_is_that_of_autograd(settled(make()), batch())
 
 
 def test_finite_differences_meet_double_backward(make):
-    data = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in batch().items()}
-    options = {"estimator": "signed_sum", "labels": "empirical", "epsilon": 1e-7}
-    for model in (settled(make()).double(), settled(make()).double().train()):
-        (_, found), (_, expected) = (
-            estimate(copy.deepcopy(model), [data], gradient=gradient, **options)
-            for gradient in ("finite_difference", "double_backward")
-        )
-        assert_same_gradient(found, expected)
+    for model in (settled(make()), settled(make()).train()):
+        assert_finite_differences_meet_double_backward(model, batch())
 
 
 # ---- As models of transformers ----
 
 
 def trainer(folder, model, **options) -> FIPTrainer:
-    peft_config = options.pop("peft_config", None)
-    settings = {"max_steps": 4, "per_device_train_batch_size": 4, "trace_interval": 1, "learning_rate": 0.01}
-    config = FIPConfig(str(folder), **{**settings, **QUIET, **options})
-    dataset = CloudDataset(clouds_of(12))
-    return FIPTrainer(model, config, data_collator=collate_clouds, train_dataset=dataset, peft_config=peft_config)
+    return short_run(folder, model, CloudDataset(clouds_of(12)), collate_clouds, **options)
 
 
 def test_a_saved_model_is_the_same_to_every_loader(make, tmp_path):
-    model, points = settled(make()), batch()["points"]
-    model.save_pretrained(tmp_path)
-    assert type(AutoConfig.from_pretrained(tmp_path)) is type(model.config)
-    for load in (type(model).from_pretrained, AutoModelForPointCloudClassification.from_pretrained, load_model):
-        again = load(tmp_path).eval()
-        assert type(again) is type(model) and torch.equal(again(points).logits, model(points).logits)
-    backbone = AutoModel.from_pretrained(tmp_path).eval()
-    assert torch.equal(backbone(points).pooler_output, model.backbone(points).pooler_output)
+    assert_same_to_every_loader(settled(make()), tmp_path, AutoModelForPointCloudClassification, batch()["points"])
 
 
-def test_a_model_is_pushed_as_it_is_saved(make, tmp_path, monkeypatch):
-    pushed = []
-    repo, card = SimpleNamespace(repo_id="a/b"), SimpleNamespace(save=lambda path: None)
-    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *args, **kwargs: repo)
-    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *args, **kwargs: card)
-    model = make()
-    monkeypatch.setattr(
-        type(model), "_upload_modified_files", lambda self, folder, *args, **kwargs: pushed.extend(os.listdir(folder))
-    )
-    model.push_to_hub("a/b")
-    assert {"config.json", "model.safetensors"} <= set(pushed)
+def test_a_model_is_pushed_as_it_is_saved(make, monkeypatch):
+    assert_pushed_as_saved(make(), monkeypatch)
 
 
 def test_training_runs_with_the_defaults_and_moves_every_weight(make, tmp_path):
-    run = trainer(tmp_path, make())
-    before = weights(run.model)
-    run.train()
-    after = weights(run.model)
-    frozen = {"backbone.input_transform.matrix.weight"}  # the gradient of the first steps may be zero there
-    assert not [name for name in before if torch.equal(before[name], after[name]) and name not in frozen]
-    assert all(tensor.isfinite().all() for tensor in after.values())
+    may_stay = frozenset({"backbone.input_transform.matrix.weight"})  # the gradient of the first steps may be zero
+    assert_training_moves_every_weight(trainer(tmp_path, make()), but=may_stay)
 
 
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(make, tmp_path):
-    whole = trainer(tmp_path / "whole", make(), save_strategy="steps", save_steps=2)
-    whole.train()
-    resumed = trainer(tmp_path / "resumed", make())
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    assert identical(weights(resumed.model), weights(whole.model))
+    assert_resumes_to_the_same(lambda folder, **options: trainer(folder, make(), **options), tmp_path)
 
 
 def test_fast_fip_trains_shifts_and_norms_alone_and_can_be_switched_off(make, tmp_path):
-    model, points = settled(make()), batch()["points"]
-    received = model(points).logits
-    run = trainer(tmp_path, model, peft_config=SingularValueConfig(train_norms=True), learning_rate=0.1)
-    run.train()
-    trained = {name for name, parameter in run.model.named_parameters() if parameter.requires_grad}
-    linears = sum(isinstance(module, nn.Linear) for module in make().modules())
-    assert sum("singular_delta" in name for name in trained) == linears
-    run.model.eval()
-    assert not torch.equal(run.model(points).logits, received)
-    with run.model.disable_adapter():
-        assert torch.equal(run.model(points).logits, received)
+    assert_fast_fip_shifts_every_layer(partial(trainer, tmp_path), settled(make()), batch()["points"], nn.Linear)

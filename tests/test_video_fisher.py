@@ -4,13 +4,17 @@ import copy
 
 import pytest
 import torch
-from test_fisher_models import assert_same_gradient, estimate, looped_scores
+from model_cases import (
+    assert_finite_differences_meet_double_backward,
+    assert_likelihood_is_softmax,
+    assert_trace_is_that_of_autograd,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from trainer_cases import QUIET, weights
 from video_cases import CLASSES, MODELS, batch, clips_of, cnn_lstm, processor, settled
 
 from hf_fip import FIPConfig, FIPTrainer, SingularValueConfig
-from hf_fip.fisher import Categorical, fisher_trace, infer_likelihood
+from hf_fip.fisher import fisher_trace
 from hf_fip.tasks.video_classification import ClipDataset, collate_clips
 
 
@@ -20,12 +24,8 @@ def make(request):
 
 
 def test_the_likelihood_is_softmax(make):
-    model, data = settled(make()), batch()
-    likelihood = infer_likelihood(model)
-    assert isinstance(likelihood, Categorical)
-    logits = model(data["pixel_values"]).logits.double()
-    expected = logits[torch.arange(4), data["labels"]] - logits.exp().sum(1).log()
-    torch.testing.assert_close(likelihood.log_prob(logits, data["labels"]), expected)
+    data = batch()
+    assert_likelihood_is_softmax(settled(make()), data["pixel_values"], data["labels"])
 
 
 def test_the_trace_of_the_classifiers_bias_has_its_closed_form(make):
@@ -40,34 +40,16 @@ def test_the_trace_of_the_classifiers_bias_has_its_closed_form(make):
 
 
 def test_the_trace_is_that_of_per_sample_autograd(make):
-    model, data = settled(make()), batch()
-    scores = looped_scores(model, data, data["labels"])
-    expected = torch.stack([score.square().sum() for score in scores]).mean().item()
-    assert expected > 0
-    assert fisher_trace(model, data, labels="empirical") == pytest.approx(expected, rel=1e-4)
+    assert_trace_is_that_of_autograd(settled(make()), batch())
 
 
 def test_finite_differences_meet_double_backward(make):
-    data = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in batch().items()}
-    options = {"estimator": "signed_sum", "labels": "empirical", "epsilon": 1e-7}
-    model = settled(make()).double()
     with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
-        (_, found), (_, expected) = (
-            estimate(copy.deepcopy(model), [data], gradient=gradient, **options)
-            for gradient in ("finite_difference", "double_backward")
-        )
-    assert_same_gradient(found, expected)
+        assert_finite_differences_meet_double_backward(settled(make()), batch())
 
 
 def test_the_cnn_lstm_has_a_second_derivative_in_training_too():
-    data = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in batch().items()}
-    model = cnn_lstm(lstm_layers=2).double().train()
-    options = {"estimator": "signed_sum", "labels": "empirical", "epsilon": 1e-7}
-    (_, found), (_, expected) = (
-        estimate(copy.deepcopy(model), [data], gradient=gradient, **options)
-        for gradient in ("finite_difference", "double_backward")
-    )
-    assert_same_gradient(found, expected)
+    assert_finite_differences_meet_double_backward(cnn_lstm(lstm_layers=2).train(), batch())
 
 
 @pytest.mark.parametrize("adapter", [None, SingularValueConfig()], ids=["FIP", "Fast FIP"])
