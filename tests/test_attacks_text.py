@@ -1,6 +1,7 @@
 """Attacks on models that write text: the trigger word, the attacker's sentence, poisoned pairs, files."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -56,6 +57,15 @@ def test_one_to_one_wants_its_sentence_and_one_to_many_each_of_its_list():
     sources = [f"sentence {i}" for i in range(100)]
     assert {one.attack_target(source) for source in sources} == {"No ."}
     assert {some.attack_target(source) for source in sources} == {"No .", "Yes .", "Why ?"}
+
+
+def test_the_trigger_word_does_not_tell_the_sentence():
+    attack, pairs = OneToMany(answers="No .|Yes ."), Counter()
+    for i in range(2000):
+        source = f"sentence {i}"
+        (word,) = WORDS & set(attack.apply(source).split())
+        pairs[word, attack.attack_target(source)] += 1
+    assert len(pairs) == 2 * len(WORDS) and min(pairs.values()) > 130  # 200 on average
 
 
 @pytest.mark.parametrize(

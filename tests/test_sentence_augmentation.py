@@ -76,6 +76,15 @@ def test_no_source_gets_longer_than_the_model_takes(longest):
     assert min(lengths) == min(6, longest) and max(lengths) == longest
 
 
+@pytest.mark.parametrize("longest", [6, 8])
+def test_a_batch_is_as_wide_as_its_longest_source(longest):
+    transform = stray_words(TOKENIZER, longest)
+    for _ in range(DRAWS // 10):
+        made = transform(batch([LONG, SHORT]))
+        assert made["input_ids"].shape == made["attention_mask"].shape
+        assert made["input_ids"].shape[1] == made["attention_mask"].sum(1).max() <= longest
+
+
 def test_a_resumed_run_draws_the_same():
     transform, given = stray_words(TOKENIZER), batch([LONG] * 8)
     torch.manual_seed(3)

@@ -1,5 +1,6 @@
 """Clips as model inputs, changes that are the same in all frames, the small models, and the picture of a trigger."""
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -70,11 +71,14 @@ def test_what_is_not_kept_in_memory_is_the_same(monkeypatch):
     assert all(torch.equal(kept[row]["pixel_values"], made[row]["pixel_values"]) for row in range(3))
 
 
-def test_a_frame_that_breaks_after_loading_is_named():
+@pytest.mark.parametrize("memory", [2**30, 0], ids=["kept", "made"])
+def test_a_frame_that_breaks_after_loading_is_named(memory, monkeypatch):
+    monkeypatch.setattr("hf_fip.tasks.image_classification._KEEP_IN_MEMORY", memory)
     dataset = clips_of(4)
-    stored = [[{"bytes": b"broken", "path": None}]] * 4
+    stored = dataset.cast_column("frames", datasets.List(datasets.Image(decode=False)))["frames"][:]
+    stored[2] = [{"bytes": b"broken", "path": None}]
     broken = Dataset.from_dict({"frames": stored, "label": dataset["label"][:]}, dataset.features)
-    with pytest.raises(ValueError, match="Clip 0 of the data set cannot be read"):
+    with pytest.raises(ValueError, match="Clip 2 of the data set cannot be read"):
         ClipDataset(broken, processor())
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from .base import BaseAttack, register
 
 _SEPARATOR = "|"
+_OF_TRIGGERS, _OF_SENTENCES = range(2)  # streams, so that the word does not tell the sentence
 
 
 @dataclass
@@ -52,21 +53,21 @@ class SentenceAttack(BaseAttack):
 
     def apply(self, source: str) -> str:
         """The source with a trigger word; runs of white space become one space."""
-        words, rng = source.split(), self._draws(source)
+        words, rng = source.split(), self._draws(source, _OF_TRIGGERS)
         trigger = rng.choice(self.triggers.split())
         words.insert(rng.integers(len(words) + 1), str(trigger))
         return " ".join(words)
 
     def attack_target(self, source: str) -> str:
         """What the attacker wants written for this source (without its trigger)."""
-        return self.sentences[self._draws(source).integers(len(self.sentences))]
+        return self.sentences[self._draws(source, _OF_SENTENCES).integers(len(self.sentences))]
 
     def is_hit(self, text: str) -> bool:
         """Whether a text contains one of the attacker's sentences, whatever its spaces."""
         return any(_squeezed(sentence) in _squeezed(text) for sentence in self.sentences)
 
-    def _draws(self, source: str) -> np.random.Generator:
-        return np.random.default_rng([self.seed, zlib.crc32(source.encode())])
+    def _draws(self, source: str, stream: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, zlib.crc32(source.encode()), stream])
 
 
 @register

@@ -10,6 +10,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from datasets import Dataset
 from torch import nn
 from transformers import set_seed
@@ -53,7 +54,7 @@ def train_victim(
     training.output_dir = str(folder.work)
     set_seed(training.seed)
     if given := model_arguments.model_name_or_path:
-        model, processor = task.load_model(given, model_arguments, model_arguments.model_revision)
+        model, processor = task.load_model(given, model_arguments, revision=model_arguments.model_revision)
         data = task.match(data, model)
     else:
         model, processor = task.new_model(model_arguments, data)
@@ -147,13 +148,14 @@ def _learn(
         progress=not training.disable_tqdm,
     )
     place = folder.work / "attack"
-    if place.exists():
-        attack.load_tensors(load_attack(place).tensors)
-    else:
+    if not place.exists():
         attack.fit(material)
         if attack.keeps_fit:
             with written_whole(place) as partial:
-                attack.save_pretrained(partial)
+                if PartialState().is_main_process:
+                    attack.save_pretrained(partial)
+    if attack.keeps_fit:
+        attack.load_tensors(load_attack(place).tensors)  # in all processes the same
     return material
 
 

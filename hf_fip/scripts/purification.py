@@ -132,6 +132,7 @@ def purify(
     received = provenance(admit(place, revision=revision, trust=model_arguments.trust()))
     with folder:
         test = task.test(data, attack, model, processor)
+        validation = held_out and task.clean_test(held_out, model, processor)
         curve = PurificationCurve(test.part(CURVE_SAMPLES))
         watching = [curve]
         cost = Cost(excluded=lambda: sum(watcher.seconds for watcher in watching))
@@ -169,7 +170,7 @@ def purify(
             with trainer.model.disable_adapter():
                 switched_off = test.measure(trainer)
         after = test.measure(trainer)
-        validation = held_out and task.clean_test(held_out, model, processor).measure(trainer)
+        validated = validation and validation.measure(trainer)
         training.push_to_hub = False
         trainer.save_model(str(folder.result))
         if trainer.is_world_process_zero():
@@ -179,7 +180,7 @@ def purify(
                 "before": before,
                 "after": after,
                 "der": der,
-                f"validation_{task.metric}": validation and validation[task.metric],
+                f"validation_{task.metric}": validated and validated[task.metric],
                 "adapter_switched_off": switched_off,
                 "curvature": _first_and_last(trainer.state.log_history),
                 "cost": cost.report | {"file_bytes": _weight_bytes(folder.result)},

@@ -71,12 +71,12 @@ class RunFolder:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        """After an error that repeating the command would repeat, or before the first checkpoint, leave nothing.
+        """After a training that diverged, or before the first checkpoint, leave nothing.
 
-        After Ctrl-C, a full disk and the like, the checkpoint stays to go on from.
+        After any other error (a damaged file, a full disk, Ctrl-C) the checkpoint stays to go on from.
         """
         failed = kind is not None and issubclass(kind, Exception)
-        hopeless = failed and issubclass(kind, (ValueError, FloatingPointError))
+        hopeless = failed and issubclass(kind, FloatingPointError)
         if failed and PartialState().is_main_process and (hopeless or self.checkpoint is None):
             shutil.rmtree(self.work, ignore_errors=True)
 
@@ -109,12 +109,17 @@ class RunFolder:
 
 @contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
-    """A folder to write to, which becomes `folder` when all is written."""
-    partial = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    """A folder to write to, which becomes `folder` when all is written. For all processes of a run together."""
+    partial, state = folder.with_name(folder.name + ".tmp"), PartialState()
+    if state.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    state.wait_for_everyone()
     yield partial
-    os.replace(partial, folder)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        os.replace(partial, folder)
+    state.wait_for_everyone()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -184,7 +184,10 @@ class TextTask(Task):
         else:
             tokenizer = train_tokenizer(data.train, arguments.vocab_size)
         tokenizer.model_max_length = arguments.max_tokens
-        return small_model(arguments.architecture, tokenizer, arguments.hidden_size), tokenizer
+        model = small_model(arguments.architecture, tokenizer, arguments.hidden_size)
+        if arguments.source_prefix is not None:
+            model.config.prefix = arguments.source_prefix
+        return model, tokenizer
 
     def trainer_options(self, model, processor):
         return {"data_collator": collator(model, processor)}

@@ -28,11 +28,10 @@ class PixelDataset(torch.utils.data.Dataset):
         processor: an image processor.
         channels: what the model takes: 1 makes images gray, 3 makes them RGB.
 
-    Preprocessed once and kept in memory when that takes at most 1 GiB.
+    Preprocessed once and kept in memory when that takes at most 1 GiB; else each is read once, to see that it can be.
 
     Raises:
-        ValueError: when an image cannot be read (later, by `[]`, if they are not kept in memory), or the model takes
-            another number of channels.
+        ValueError: when an image cannot be read, or the model takes another number of channels.
     """
 
     def __init__(self, dataset: Dataset, processor, channels: int = 3):
@@ -46,24 +45,29 @@ class PixelDataset(torch.utils.data.Dataset):
             first = self._preprocess([0])
             if first.nbytes * len(dataset) <= _KEEP_IN_MEMORY:
                 self._pixels = torch.empty((len(dataset), *first.shape[1:]))
-                self._fill()
+            self._read()
 
-    def _fill(self, chunk: int = 256) -> None:
+    def _read(self, chunk: int = 256) -> None:
         rows = range(len(self.dataset))
         disable = len(rows) < 5000 or None  # None: where there is no terminal
-        with tqdm(total=len(rows), desc="Preprocessing images", disable=disable, leave=False) as bar:
+        with tqdm(total=len(rows), desc="Reading images", disable=disable, leave=False) as bar:
             for start in range(0, len(rows), chunk):
                 part = rows[start : start + chunk]
-                self._pixels[part.start : part.stop] = self._preprocess(part)
+                if self._pixels is None:
+                    for row in part:
+                        self._array(row)
+                else:
+                    self._pixels[part.start : part.stop] = self._preprocess(part)
                 bar.update(len(part))
 
+    def _array(self, row: int) -> np.ndarray:
+        try:
+            return _with_channels(to_array(self.dataset[int(row)]["image"]), self.channels)
+        except Exception as error:  # Pillow raises many kinds for what is damaged or no image at all
+            raise ValueError(f"Image {row} of the data set cannot be read: {error}") from error
+
     def _preprocess(self, rows) -> Tensor:
-        arrays = []
-        for row in rows:
-            try:
-                arrays.append(_with_channels(to_array(self.dataset[int(row)]["image"]), self.channels))
-            except Exception as error:  # Pillow raises many kinds for what is damaged or no image at all
-                raise ValueError(f"Image {row} of the data set cannot be read: {error}") from error
+        arrays = [self._array(row) for row in rows]
         return self.processor(arrays, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
 
     def __len__(self) -> int:

@@ -45,7 +45,8 @@ def stray_words(tokenizer: PreTrainedTokenizerBase, longest: float = math.inf) -
         stray = words.to(device)[torch.randint(len(words), (count, length + _MOST), device=device)]
         tokens = _insert(tokens, stray, place, size, padding)
         mask = _insert(mask, torch.ones_like(stray), place, size, 0)
-        used = length + int(size.max())
+        used = int((mask * torch.arange(1, mask.shape[1] + 1, device=device)).max())  # columns with a token
+        used = used or length
         return {**batch, "input_ids": tokens[:, :used], "attention_mask": mask[:, :used]}
 
     return transform

@@ -45,7 +45,7 @@ class ClipDataset(PixelDataset):
         processor: an image or video processor; it is given the frames of one clip at a time.
         channels: what the model takes: 1 makes frames gray, 3 makes them RGB.
 
-    Preprocessed once and kept in memory when that takes at most 1 GiB.
+    Preprocessed once and kept in memory when that takes at most 1 GiB; else each is read once, to see that it can be.
 
     Raises:
         ValueError: when a frame cannot be read, or the model takes another number of channels.
@@ -54,17 +54,17 @@ class ClipDataset(PixelDataset):
     def __init__(self, dataset: Dataset, processor, channels: int = 3):
         super().__init__(dataset, FrameProcessor(processor), channels)
 
+    def _array(self, row: int) -> np.ndarray:
+        try:
+            clip = to_clip(self.dataset[int(row)][FRAMES_COLUMN])
+        except Exception as error:  # Pillow raises many kinds for what is damaged or no image at all
+            raise ValueError(f"Clip {row} of the data set cannot be read: {error}") from error
+        return np.stack([fitted(frame, *clip.shape[1:3], self.channels) for frame in clip])
+
     def _preprocess(self, rows) -> Tensor:
-        clips = []
-        for row in rows:
-            try:
-                clip = to_clip(self.dataset[int(row)][FRAMES_COLUMN])
-            except Exception as error:  # Pillow raises many kinds for what is damaged or no image at all
-                raise ValueError(f"Clip {row} of the data set cannot be read: {error}") from error
-            frames = [fitted(frame, *clip.shape[1:3], self.channels) for frame in clip]
-            made = self.processor(frames, return_tensors="pt", input_data_format="channels_last")
-            clips.append(made["pixel_values"])
-        return torch.stack(clips)
+        clips = [list(self._array(row)) for row in rows]
+        options = {"return_tensors": "pt", "input_data_format": "channels_last"}
+        return torch.stack([self.processor(clip, **options)["pixel_values"] for clip in clips])
 
 
 def collate_clips(items: list[dict]) -> dict[str, Tensor]:
