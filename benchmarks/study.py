@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("outputs/study"), help="where victims are kept")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where rows and tables are (results/study)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to run (a GPU where there is one)")
+    parser.add_argument("--again", action="store_true", help="repeat runs that have a row: their code has changed")
     parser.add_argument("--tables_only", action="store_true", help="draw what the results file has")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -53,19 +54,23 @@ def main() -> None:
 
     suite = SUITES[args.suite]
     cells = suite(Places(args.cifar10, args.victims, args.released_code))
+    everything = suite(Places(args.cifar10, args.victims, args.released_code or "not given"))  # whose rows are kept
     rows_file = args.results / f"{args.suite}.jsonl"
-    rows = _rows(rows_file, cells)
+    rows = _rows(rows_file, everything)
     if not args.tables_only:
-        wanted = [cell for cell in cells if _key(cell) not in rows and _is_chosen(cell, args)]
+        wanted = [cell for cell in cells if _is_chosen(cell, args) and (args.again or _key(cell) not in rows)]
         _run_all(wanted, args, rows_file)
-        rows = _rows(rows_file, cells)
-    command = shlex.join(["python", "benchmarks/study.py", "--suite", args.suite])
-    found = [rows[_key(cell)] for cell in cells if _key(cell) in rows]
+        rows = _rows(rows_file, everything)
+    places = {name: getattr(args, name) for name in ("cifar10", "victims", "released_code")}
+    given = [word for name, value in places.items() if value for word in (f"--{name}", f"path/to/{name}")]
+    command = shlex.join(["python", "benchmarks/study.py", "--suite", args.suite, *given])
+    found = [rows[_key(cell)] for cell in everything if _key(cell) in rows]
+    missing = sum(_key(cell) not in rows for cell in cells)
     if not found:
         raise SystemExit(f"No run of {args.suite} has ended yet.")
     rows_file.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")  # in the suite's order
     title = suite.__doc__.split(":")[0].rstrip(".")
-    print(write(args.results, args.suite, command, title, found, missing=len(cells) - len(found)))
+    print(write(args.results, args.suite, command, title, found, missing))
 
 
 def _run_all(cells: list[Cell], args: argparse.Namespace, rows_file: Path) -> None:

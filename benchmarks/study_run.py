@@ -9,23 +9,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftConfig
 from study_published import load_published
 from study_released import train as train_by_released_code
 from study_typeset import typeset_digits
 from torch import nn
-from transformers import Trainer, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
 from hf_fip.attacks import Attack, load_attack
 from hf_fip.baselines import method
 from hf_fip.config import FIPConfig
 from hf_fip.evaluation.backdoor import BackdoorTest
+from hf_fip.evaluation.cost import trained_numbers
 from hf_fip.evaluation.metrics import defense_effectiveness_rating
 from hf_fip.evaluation.reactivation import SAMPLES, Perturbed, reactivate
 from hf_fip.evaluation.relearning import (
@@ -97,7 +99,7 @@ class Method:
     Attributes:
         name: in tables.
         purifier: `fip`, or a baseline's name.
-        arguments: of its configuration.
+        arguments: of its configuration, beside its defaults.
         adapter: of Fast FIP, which shifts singular values: the arguments of its `SingularValueConfig`.
         augment: shift the clean images at random (and mirror them, unless they are digits).
         disturb: disturb them at random (`hf_fip.tasks.augmentation.disturb`).
@@ -126,13 +128,35 @@ class Cell:
 
     @property
     def key(self) -> dict[str, Any]:
-        """What identifies it in the results file: all it was asked for, but for where things lie on a disk."""
+        """What identifies it in the results file: all its settings, but for where things lie on a disk."""
         key = asdict(self)
-        victim, arguments = key["victim"], key["method"]["arguments"]
+        victim, of_method = key["victim"], key["method"]
         victim["data"] = Path(victim["data"]).name
         victim["published"] = victim["published"] and Path(victim["published"]).name
-        arguments.pop("clone", None)
+        of_method["arguments"] = _settings(self.method)
+        if of_method["adapter"]:
+            of_method["adapter"] = _own_fields(SingularValueConfig, PeftConfig) | of_method["adapter"]
         return key
+
+
+def _settings(of_method: Method) -> dict[str, Any]:
+    """The arguments, and the defaults of the method's configuration where `TrainingArguments` has others or none."""
+    if of_method.purifier == RELEASED:
+        return {name: value for name, value in of_method.arguments.items() if name != "clone"}
+    config = _classes(of_method.purifier)[1]
+    return _own_fields(config, TrainingArguments) | of_method.arguments
+
+
+def _own_fields(config: type, above: type) -> dict[str, Any]:
+    """The defaults of a dataclass that the one above it has not, or has otherwise."""
+    inherited = {one.name: one.default for one in fields(above)}
+    own = {one.name: one.default for one in fields(config) if one.default is not MISSING}
+    return {name: value for name, value in own.items() if name not in inherited or value != inherited[name]}
+
+
+def _classes(purifier: str) -> tuple[type, type]:
+    """A purifier's trainer, and its configuration."""
+    return (FIPTrainer, FIPConfig) if purifier in (FIP, RELEASED) else method(purifier)
 
 
 def make_victim(victim: Victim, work: Path) -> Path:
@@ -234,7 +258,7 @@ def _purified(
     started, of_cpu = time.perf_counter(), time.process_time()
     _train(cell, trainer)
     row |= {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - of_cpu}
-    row |= {"trained": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)}
+    row |= {"trained": _trained_numbers(trainer, cell.method.purifier)}
     row |= {"device": trainer.args.device.type, "after": test.measure(trainer)}
     row["der"] = None if given.attack is None else defense_effectiveness_rating(row["before"], row["after"])
     if given.attack is not None and (cell.relearn or cell.reactivate):
@@ -247,8 +271,7 @@ def _purified(
 
 def _trainer(cell: Cell, given: _Given, model: nn.Module, clean: Dataset, chosen: dict) -> FIPTrainer:
     method_, channels = cell.method, channels_of(model)
-    ours = method_.purifier in (FIP, RELEASED)
-    trainer_class, config = (FIPTrainer, FIPConfig) if ours else method(method_.purifier)
+    trainer_class, config = _classes(method_.purifier)
     set_seed(cell.victim.seed)
     settings = {
         **SILENT,
@@ -260,6 +283,7 @@ def _trainer(cell: Cell, given: _Given, model: nn.Module, clean: Dataset, chosen
         model,
         config(os.path.join(tempfile.gettempdir(), "study"), **settings),  # nothing is written there
         train_dataset=PixelDataset(clean, given.processor, channels),
+        processing_class=given.processor,
         train_transform=both(
             augmentation(method_.augment, given.images),
             disturb(pixel_range(given.processor, given.images, channels)) if method_.disturb else None,
@@ -273,6 +297,12 @@ def _train(cell: Cell, trainer: FIPTrainer) -> None:
         train_by_released_code(trainer.model, trainer.train_dataset, trainer._train_transform, **cell.method.arguments)
     else:
         trainer.train()
+
+
+def _trained_numbers(trainer: FIPTrainer, purifier: str) -> int:
+    if purifier == RELEASED:
+        return sum(parameter.numel() for parameter in trainer.model.parameters())
+    return trained_numbers(trainer.optimizer)
 
 
 def _relearned(model: nn.Module, given: _Given, seed: int) -> Trainer:

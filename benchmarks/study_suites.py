@@ -1,7 +1,7 @@
 """What the study runs: victims, purifiers with their settings, and the suites made of them.
 
-Development victims, on which settings were found, have the seeds 100 and above (and, of the published ones, I-BAU's
-BadNets victim is one): none of their rows is in a table of seeds 1, 2 and 3.
+Development victims, on which settings were found, have the seeds 100 and above: none of their rows is in a table. Of
+those that others published, I-BAU's BadNets victim is one too, and stands in a table of its own.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CIFAR_OPTIONS = (
     ("augment", "true"),
 )
 PUBLISHED = ("ibau_smallvgg_cifar10_badnets_t8", "ibau_smallvgg_cifar10_trojan_wm_t2", "lth_resnet20_cifar10_rgb_t0")
-PUBLISHED_BENIGN = "clean_resnet20_cifar10"
+PUBLISHED_BENIGN, PUBLISHED_DEVELOPMENT = "clean_resnet20_cifar10", PUBLISHED[0]
 
 
 @dataclass(frozen=True)

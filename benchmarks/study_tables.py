@@ -7,6 +7,8 @@ import textwrap
 from collections import defaultdict
 from pathlib import Path
 
+from study_suites import PUBLISHED_DEVELOPMENT
+
 from hf_fip.drawing import LIGHT, figure
 from hf_fip.evaluation import over_seeds
 from hf_fip.evaluation.metrics import WEAK_VICTIM
@@ -62,6 +64,8 @@ def _group(row: dict) -> str:
     if cell["clean_samples"] and not victim["published"]:
         varied.append(f"{cell['clean_samples']} clean images")
     name = victim["family"] if not victim["published"] else "benign" if row["der"] is None else "backdoored"
+    if victim["attack"] == PUBLISHED_DEVELOPMENT:
+        varied.append("a victim on which settings were found")
     return ", ".join([name, *varied])
 
 
@@ -156,7 +160,8 @@ def _chosen_rates(rows: list[dict]) -> list[str]:
         for row in rows
         if "learning_rate" in row
     ]
-    return [f"Learning rates chosen on held-out clean images: {', '.join(chosen)}."] if chosen else []
+    said = "Learning rates chosen on held-out clean images, the smallest of equals; the time leaves the choice out"
+    return [f"{said}: {', '.join(chosen)}."] if chosen else []
 
 
 def _text(value: Spread | None) -> str:

@@ -9,17 +9,21 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import study
+import study_run
 from study_published import GivenTrigger, ResNet20, SmallVGG, load_published
 from study_released import train as train_by_released_code
 from study_suites import SUITES, Places
 from study_tables import write
 from study_typeset import typeset_digits
 
+from hf_fip.baselines.awm import AWMConfig
 from hf_fip.tasks.data import load_images
+from hf_fip.tasks.image_architectures import small_model
 
 PLACES = Places("somewhere/on/a/disk/cifar10", "elsewhere/victims", "a/clone")
 
@@ -57,6 +61,43 @@ def test_rows_of_other_settings_and_half_a_line_are_dropped(tmp_path):
     path.write_text("".join(json.dumps(row(cell)) + "\n" for cell in (cells[0], other)) + '{"cell": {"vic')
     assert list(study._rows(path, cells)) == [study._key(cells[0])]
     assert study._rows(tmp_path / "none.jsonl", cells) == {}
+
+
+def test_settings_that_are_defaults_are_part_of_a_run(monkeypatch):
+    cells = {cell.method.name: cell for cell in SUITES["digits"](Places())}
+    before = {name: study._key(cell) for name, cell in cells.items()}
+    assert cells["FIP"].key["method"]["arguments"]["trace_interval"] == 4
+    assert cells["Fast FIP"].key["method"]["adapter"]["floor"] == 0.1
+    monkeypatch.setattr(AWMConfig.__dataclass_fields__["awm_alpha"], "default", 0.5)
+    assert {name for name, cell in cells.items() if study._key(cell) != before[name]} == {"awm"}
+
+
+def test_rows_of_the_released_code_stay_when_it_is_not_given(tmp_path, monkeypatch, capsys):
+    cells = [cell for cell in SUITES["digits"](PLACES) if cell.victim.family == "resnet"]
+    rows = [row(cell) for cell in cells if cell.method.name in ("FIP", "released code, 0.5")]
+    file = tmp_path / "digits.jsonl"
+    file.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    given = ["study.py", "--suite", "digits", "--results", str(tmp_path), "--tables_only"]
+    monkeypatch.setattr(sys, "argv", given)
+    study.main()
+    assert sorted(file.read_text().splitlines()) == sorted(json.dumps(one) for one in rows)
+    assert "| released code, 0.5 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "trained"), [("awm", "weights"), ("anp", "channels"), ("clp", "nothing")])
+def test_a_run_knows_the_pixels_of_its_images_and_what_it_trained(name, trained):
+    images = load_images("digits", max_train_samples=40, max_test_samples=20)
+    model, processor = small_model("resnet", images)
+    given = study_run._Given(model, processor, None, images, images.train, images.train)
+    (cell,) = [cell for cell in SUITES["digits"](Places()) if cell.method.name == name][:1]
+    cell = replace(cell, method=replace(cell.method, arguments={"num_train_epochs": 1, "use_cpu": True}))
+    trainer = study_run._trainer(cell, given, model, images.train, {})
+    assert trainer.processing_class is processor
+    trainer.train()
+    kernels = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, (nn.Conv2d, nn.Linear)))
+    channels = sum(layer.num_features for layer in model.modules() if isinstance(layer, nn.BatchNorm2d))
+    expected = {"weights": kernels, "channels": channels, "nothing": 0}[trained]
+    assert study_run._trained_numbers(trainer, name) == pytest.approx(expected, rel=0.02)
 
 
 def test_the_table_has_the_means_over_attacks_then_seeds(tmp_path):

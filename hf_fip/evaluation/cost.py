@@ -33,13 +33,13 @@ class Cost(TrainerCallback, ExportableState):
             torch.cuda.reset_peak_memory_stats(self._device)
         self._started = time.perf_counter() - self._excluded()
 
-    def on_train_end(self, args, state, control, model=None, **kwargs):
+    def on_train_end(self, args, state, control, optimizer=None, **kwargs):
         measured = self.state()["attributes"]
         self._started = None
         self.report = {
             "seconds": measured["seconds"],
             "seconds_per_step": measured["seconds"] / max(1, state.global_step),
-            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "trainable_parameters": trained_numbers(optimizer),
             "peak_memory_bytes": measured["peak_memory_bytes"],  # of a GPU; without one, of a whole process
             "processes": args.world_size,
         }
@@ -51,6 +51,12 @@ class Cost(TrainerCallback, ExportableState):
             seconds += time.perf_counter() - self._excluded() - self._started
             memory = max(memory, _peak_memory(self._device))
         return {"args": {}, "attributes": {"seconds": seconds, "peak_memory_bytes": memory}}
+
+
+def trained_numbers(optimizer: torch.optim.Optimizer | None) -> int:
+    """How many numbers an optimizer trains, which need not be parameters of a model; 0 without one."""
+    groups = optimizer.param_groups if optimizer is not None else []
+    return sum(tensor.numel() for group in groups for tensor in group["params"] if tensor.requires_grad)
 
 
 def _peak_memory(device: torch.device) -> int:
