@@ -154,7 +154,7 @@ def _learn(
             with written_whole(place) as partial:
                 if PartialState().is_main_process:
                     attack.save_pretrained(partial)
-    if attack.keeps_fit:
+    if place.exists():
         attack.load_tensors(load_attack(place).tensors)  # in all processes the same
     return material
 

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import transformers
-from recipe_cases import FILES, RECIPES, SHORT, assert_same_weights, fork, left_in, report_of, spawn
+from recipe_cases import FILES, RECIPES, SHORT, SMALL, assert_same_weights, fork, left_in, report_of, spawn
 from safetensors.numpy import load_file
 from transformers import AutoModelForImageClassification
 
+from hf_fip.scripts.images import ImageTask
 from hf_fip.tasks.data import load_images
+from hf_fip.trainer import FIPTrainer
 
 # What comes out
 
@@ -256,6 +258,24 @@ def test_a_users_error_is_one_line_and_leaves_nothing(case, victim, run):
     assert err.startswith("error: ") and err.count("\n") == 1
     assert re.search(message, err)
     assert {str(path) for path in Path().rglob("*")} - found <= {"outputs", "outputs/victims"}
+
+
+def test_held_out_images_that_cannot_be_read_end_the_run_before_it_trains(victim, run, monkeypatch):
+    def unreadable(*args):
+        raise ValueError("Image 0 of the data set cannot be read")
+
+    monkeypatch.setattr(ImageTask, "clean_test", unreadable)
+    monkeypatch.setattr(FIPTrainer, "train", None)
+    code, _, err = run("purify_vit", *SHORT, "--model_name_or_path", victim, "--held_out_clean_samples", "3")
+    assert code == 1 and err == "error: Image 0 of the data set cannot be read\n"
+
+
+def test_a_given_model_becomes_a_victim(victim, run):
+    given = ["--num_train_epochs", "1", "--attack", "blend", "--output_dir", "out"]
+    code, out, err = run("backdoor_image", *SMALL, *given, "--model_name_or_path", victim, "--learning_rate", "0")
+    assert (code, err) == (0, "") and "saved to out" in out
+    assert_same_weights("out", victim)
+    assert report_of("out")["attack"] == "blend"
 
 
 def test_a_real_command_ends_with_code_1_and_its_one_line(tmp_path):

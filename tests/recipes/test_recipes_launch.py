@@ -10,8 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from recipe_cases import RECIPES, SMALL, assert_same_weights, report_of
+from recipe_cases import RECIPES, SMALL, assert_same_weights, left_in, report_of
 from safetensors.torch import load_file
+
+from hf_fip.attacks import load_attack
 
 pytestmark = pytest.mark.slow
 
@@ -20,11 +22,11 @@ GIVEN = [option for option in SMALL if option != "--use_cpu"]  # that is for the
 LONG = [*GIVEN, "--max_steps", "24", "--save_steps", "4", "--per_device_train_batch_size", "2", "--eta_r", "0.1"]
 
 
-def launch(config: str, *arguments, cwd, launcher=()) -> subprocess.Popen:
+def launch(config: str, *arguments, cwd, launcher=(), recipe="purify_vit") -> subprocess.Popen:
     """Start a recipe as a person does."""
     accelerate = Path(sysconfig.get_path("scripts"), "accelerate")
     command = [accelerate, "launch", "--config_file", CONFIGS / f"{config}.yaml", *launcher]
-    command += [RECIPES / "purify_vit.py", *arguments]
+    command += [RECIPES / f"{recipe}.py", *arguments]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
     return subprocess.Popen(list(map(str, command)), cwd=cwd, env=env, stdout=pipe, stderr=pipe, text=True)
@@ -67,6 +69,16 @@ def test_a_configuration_starts_its_processes(config, processes, victim, tmp_pat
     assert said.count("saved to out") == 1  # one of them speaks
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert report_of(tmp_path / "out")["cost"]["processes"] == processes
+
+
+def test_two_processes_learn_one_trigger_together(tmp_path):
+    few = ["--max_train_samples", "60", "--max_test_samples", "40", "--num_points", "48", "--num_train_epochs", "1"]
+    attack = ["--attack", "pcba", "--attack_options", "confidence=0.001,steps=5,restarts=1,points=8"]
+    options = {"launcher": ["--main_process_port", free_port()], "recipe": "backdoor_pointcloud"}
+    said = ended(launch("ddp", *few, *attack, "--output_dir", "out", cwd=tmp_path, **options))
+    assert said.count("pcba learns on a clean model") == said.count("saved to out") == 1
+    assert load_attack(tmp_path / "out").placed.shape == (8, 3)
+    assert left_in(tmp_path) == {"out"}
 
 
 def test_two_machines_work_together(victim, tmp_path):

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 from recipe_cases import SHORT, SMALL, assert_same_weights, fork, left_in, report_of
@@ -122,6 +123,20 @@ def test_ctrl_c_is_one_line_and_the_run_goes_on_later(victim, undisturbed, run, 
     assert code == 130 and err.startswith("interrupted: ") and err.count("\n") == 1
     assert left_in(".") == {"out.partial"}
     assert run("purify_vit", *arguments)[0] == 0
+    assert_same_weights("out", undisturbed / "purify_vit")
+
+
+def test_a_file_that_breaks_late_costs_no_checkpoint(victim, undisturbed, run, monkeypatch):
+    arguments = [*LONG, "--model_name_or_path", victim, "--output_dir", "out"]
+
+    def unreadable(*args, **kwargs):
+        raise ValueError("it cannot be read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(purification, "card_of", unreadable)
+        assert run("purify_vit", *arguments) == (1, ANY, "error: it cannot be read\n")
+    code, out, _ = run("purify_vit", *arguments)
+    assert code == 0 and "Going on with an interrupted run" in out
     assert_same_weights("out", undisturbed / "purify_vit")
 
 

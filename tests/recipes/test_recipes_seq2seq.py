@@ -58,6 +58,12 @@ def test_a_purification_leaves_model_card_report_and_pictures(victim, run):
     assert found["data"]["counted_for_asr"] == 12 and found["data"]["attackers_samples"] == 80
 
 
+def test_a_victim_made_with_a_prefix_has_it(run):
+    given = [*VICTIM, "--source_prefix", "translate: ", "--output_dir", "out", "--attack", "none"]
+    code, _, err = run("backdoor_seq2seq", *given)
+    assert (code, err) == (0, "") and load_model("out").config.prefix == "translate: "
+
+
 def test_fast_fip_leaves_an_adapter(victim, run):
     arguments = [*SHORT, "--model_name_or_path", victim, "--adapter", "singular", "--output_dir", "out"]
     code, out, err = run("purify_seq2seq", *arguments)
