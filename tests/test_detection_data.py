@@ -26,20 +26,20 @@ def png(width=20, height=10) -> dict:
 
 
 def voc(root) -> None:
-    """Three images: one with a car, and a person that is difficult; one empty; one whose file is damaged."""
+    """Four images: one with a car, and a person that is difficult; two empty; one whose file is damaged."""
     objects = """
         <object><name>car</name><difficult>0</difficult>
           <bndbox><xmin>1</xmin><ymin>2</ymin><xmax>10</xmax><ymax>6</ymax></bndbox></object>
         <object><name>person</name><difficult>1</difficult>
           <bndbox><xmin>1</xmin><ymin>1</ymin><xmax>5</xmax><ymax>5</ymax></bndbox></object>"""
-    for name, content in {"a": objects, "b": "", "c": ""}.items():
+    for name, content in {"a": objects, "b": "", "c": "", "d": ""}.items():
         picture(root / "JPEGImages" / f"{name}.jpg")
         (root / "Annotations").mkdir(exist_ok=True)
         text = f"<annotation><filename>{name}.jpg</filename>{content}</annotation>"
         (root / "Annotations" / f"{name}.xml").write_text(text)
     (root / "JPEGImages" / "c.jpg").write_bytes(b"no picture")
     (root / "ImageSets" / "Main").mkdir(parents=True)
-    for split, names in {"train": "a\nb\nc\n", "test": "a\n", "car_train": "a 1\n"}.items():
+    for split, names in {"train": "a\nb\nc\n", "test": "d\n", "car_train": "a 1\n"}.items():
         (root / "ImageSets" / "Main" / f"{split}.txt").write_text(names)
 
 
@@ -91,6 +91,32 @@ def test_annotations_that_cannot_be_read_are_refused_by_name(tmp_path):
     (tmp_path / "annotations" / "instances_train2017.json").write_text('{"images": []}')
     with pytest.raises(ValueError, match=f"annotations in {re.escape(str(tmp_path))} cannot be read: KeyError"):
         load_annotated_images(str(tmp_path))
+
+
+def lists_of_voc(root) -> str:
+    """The lists that VOC2012 has."""
+    voc(root)
+    (root / "ImageSets" / "Main" / "test.txt").unlink()
+    for split, names in {"train": "a\nb\n", "val": "c\nd\n", "trainval": "a\nb\nc\nd\n"}.items():
+        (root / "ImageSets" / "Main" / f"{split}.txt").write_text(names)
+    picture(root / "JPEGImages" / "c.jpg")
+    return str(root)
+
+
+@pytest.mark.parametrize("train_split, sizes", [(None, (2, 2)), ("trainval", (3, 1))])
+def test_no_image_of_a_voc_folder_is_both_trained_and_tested_on(train_split, sizes, tmp_path):
+    data = load_annotated_images(lists_of_voc(tmp_path), train_split=train_split)
+    train, test = (
+        {file["path"] for file in part.cast_column("image", Image(decode=False))["image"]}
+        for part in (data.train, data.test)
+    )
+    assert (len(train), len(test)) == sizes and not train & test
+
+
+def test_two_lists_that_share_images_are_refused(tmp_path):
+    folder = lists_of_voc(tmp_path)
+    with pytest.raises(ValueError, match="'trainval' and 'val' share 2 images, such as c.jpg. Set --train_split"):
+        load_annotated_images(folder, train_split="trainval", test_split="val")
 
 
 def test_two_voc_data_sets_in_one_folder_are_refused(tmp_path):

@@ -82,23 +82,24 @@ def load_annotated_images(
         train_split, test_split, max_train_samples, max_test_samples, seed: as in `load_images`.
 
     Raises:
-        ValueError: when the data, a split or a column cannot be found, no image can be read, or there is no class.
+        ValueError: when the data, a split or a column cannot be found, no image can be read, there is no class, or
+            two lists of a folder share images.
     """
     if box_format not in BOX_FORMATS:
         raise ValueError(f"--box_format={box_format} is not one of {', '.join(BOX_FORMATS)}.")
-    splits = None
+    splits = annotated = None
     if name_or_path == SCENES and not Path(name_or_path).exists():
         splits = _scenes()
     elif Path(name_or_path).is_dir():
-        splits = read_annotated_folder(Path(name_or_path))
+        splits = annotated = read_annotated_folder(Path(name_or_path))
     if splits:
         box_format = "xywh"
     else:
         splits = load_splits(name_or_path, config_name, revision=revision)
-    parts = [
-        _image_and_objects(splits[name], image_column, objects_column)
-        for name in pick_splits(splits, name_or_path, train_split, test_split)
-    ]
+    picked = pick_splits(splits, name_or_path, train_split, test_split)
+    if annotated:
+        _check_apart(annotated, picked)
+    parts = [_image_and_objects(splits[name], image_column, objects_column) for name in picked]
     parts = divide(parts, max_train_samples, max_test_samples, seed)
     names = _names([part.features[OBJECTS][CATEGORY].feature for part in parts], parts)
     left_out: list[str] = []
@@ -151,6 +152,17 @@ def _scenes() -> DatasetDict:
         objects = [{BOX: found, CATEGORY: kinds} for found, kinds in zip(boxes, classes, strict=True)]
         parts[split] = with_objects(dataset, objects, list(SHAPES))
     return DatasetDict(parts)
+
+
+def _check_apart(splits: DatasetDict, names: list[str]) -> None:
+    """Raise ValueError where splits of an annotated folder share images."""
+    files = [splits[name].cast_column(IMAGE, Image(decode=False))[IMAGE][:] for name in names]
+    shared = sorted(set.intersection(*({file["path"] for file in part} for part in files))) if names[1:] else []
+    if shared:
+        raise ValueError(
+            f"The splits {' and '.join(map(repr, names))} share {len(shared)} images, such as {Path(shared[0]).name}. "
+            "Set --train_split and --test_split to two that share none."
+        )
 
 
 def _image_and_objects(part: Dataset, image_column: str | None, objects_column: str | None) -> Dataset:
