@@ -208,6 +208,23 @@ def test_classes_get_the_models_numbers_by_name(tmp_path):
         match_classes(data, model)
 
 
+def people_and_planes(place):
+    feature = {"bbox": List(List(Value("float32"))), "category": List(Value("string"))}
+    objects = [{"bbox": [[1, 2, 3, 4]] * 2, "category": ["person", "aeroplane"]}] * 4
+    return load_annotated_images(parquet(place / "data.parquet", objects, feature))
+
+
+def test_classes_keep_their_numbers_where_the_model_has_none_of_their_names(tmp_path):
+    model = SimpleNamespace(config=SimpleNamespace(num_labels=3, id2label={0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}))
+    assert match_classes(people_and_planes(tmp_path), model).train[0]["objects"]["category"] == [1, 0]
+
+
+def test_classes_of_which_the_model_has_some_by_name_are_refused(tmp_path):
+    model = SimpleNamespace(config=SimpleNamespace(num_labels=3, id2label={0: "N/A", 1: "person", 2: "airplane"}))
+    with pytest.raises(ValueError, match="by name, but not aeroplane: it answers N/A, person, airplane. Name the"):
+        match_classes(people_and_planes(tmp_path), model)
+
+
 def test_scenes_are_seeded_and_their_boxes_are_around_their_shapes():
     images, boxes, classes = scenes(40, seed=3)
     again, _, _ = scenes(40, seed=3)

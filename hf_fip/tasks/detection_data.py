@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Va
 from torch import nn
 
 from .annotation_files import BOX, CATEGORY, read_annotated_folder
-from .columns import pick_column
+from .columns import match_by_name, pick_column
 from .data import divide, load_splits, pick_splits
 from .scenes import SHAPES, scenes
 
@@ -111,21 +111,15 @@ def load_annotated_images(
 def match_classes(data: AnnotatedImages, model: nn.Module) -> AnnotatedImages:
     """The data with their classes numbered as the model numbers them.
 
-    When the model has a name for each class of the data, names decide; otherwise the numbers are taken as they are.
+    When the model has a name for each class of the data, names decide; when it has none of the names, the numbers are
+    taken as they are.
 
     Raises:
-        ValueError: when the data have classes that the model cannot answer.
+        ValueError: when the data have classes that the model cannot answer, or has names for some of them only.
     """
     names = [str(model.config.id2label.get(number, number)) for number in range(model.config.num_labels)]
-    if set(data.class_names) <= set(names):
-        numbers = [names.index(name) for name in data.class_names]
-    elif len(data.class_names) <= len(names):
-        numbers = list(range(len(data.class_names)))
-    else:
-        raise ValueError(
-            f"{data.name} has {len(data.class_names)} classes and the model answers {len(names)}: "
-            "use the data set the model was trained for."
-        )
+    by_name = match_by_name(data.class_names, names, data.name)
+    numbers = [names.index(name) if by_name else number for number, name in enumerate(data.class_names)]
     unique = [name if names.index(name) == number else f"{name} ({number})" for number, name in enumerate(names)]
 
     def renumbered(part: Dataset) -> Dataset:
