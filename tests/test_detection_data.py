@@ -93,6 +93,13 @@ def test_annotations_that_cannot_be_read_are_refused_by_name(tmp_path):
         load_annotated_images(str(tmp_path))
 
 
+def test_two_coco_files_of_one_split_are_refused(tmp_path):
+    coco(tmp_path)
+    (tmp_path / "annotations" / "instances_train2014.json").write_text("{}")
+    with pytest.raises(ValueError, match="train2014.json and instances_train2017.json are both of the split 'train'"):
+        load_annotated_images(str(tmp_path))
+
+
 def lists_of_voc(root) -> str:
     """The lists that VOC2012 has."""
     voc(root)
@@ -127,6 +134,9 @@ def test_two_voc_data_sets_in_one_folder_are_refused(tmp_path):
         load_annotated_images(str(tmp_path))
 
 
+OBJECTS = List({"bbox": List(Value("float32")), "category": ClassLabel(names=["x", "y"])})
+FLOATS = {"bbox": List(List(Value("float32"))), "category": List(Value("float32"))}
+
 FORMATS = {
     "lists": ([{"bbox": [[1, 2, 3, 4]], "category": [1]}] * 4, LISTS, "xywh"),
     "corners": ([{"bbox": [[1, 2, 4, 6]], "category": [1]}] * 4, LISTS, "xyxy"),
@@ -145,6 +155,7 @@ FORMATS = {
         {"bbox": List(List(Value("float32"))), "category": List(Value("int64"))},
         "xywh",
     ),
+    "numbers as floats": ([{"bbox": [[1, 2, 3, 4]], "category": [1]}] * 4, FLOATS, "xywh"),
 }
 
 
@@ -158,11 +169,19 @@ def test_the_formats_of_the_hub_give_the_same(case, tmp_path):
 
 
 def test_boxes_are_clipped_and_those_without_an_area_inside_are_dropped(tmp_path):
-    boxes = [[15, 5, 10, 10], [-5, 0, 10, 5], [30, 0, 5, 5], [1, 1, 0, 5], [float("nan"), 0, 1, 1]]
-    objects = [{"bbox": boxes, "category": [0] * 5}] * 4
+    boxes = [
+        [15, 5, 10, 10],
+        [-5, 0, 10, 5],
+        [30, 0, 5, 5],
+        [1, 1, 0, 5],
+        [float("nan"), 0, 1, 1],
+        None,
+        [1, None, 3, 4],
+    ]
+    objects = [{"bbox": boxes, "category": [0] * len(boxes)}] * 4
     data = load_annotated_images(parquet(tmp_path / "data.parquet", objects, LISTS))
     assert data.train[0]["objects"]["bbox"] == [[15, 5, 5, 5], [0, 0, 5, 5]]
-    assert data.dropped == 4 * 3
+    assert data.dropped == 4 * 5
 
 
 REFUSED = {
@@ -176,6 +195,16 @@ REFUSED = {
         lambda place: parquet(place, [{"bbox": [[1, 2, 3, 4]], "category": []}] * 4, LISTS),
         {},
         "1 boxes with the categories",
+    ),
+    "a category between two": (
+        lambda place: parquet(place, [{"bbox": [[1, 2, 3, 4]], "category": [0.5]}] * 4, FLOATS),
+        {},
+        "category 0.5 is no whole number",
+    ),
+    "an object that is missing": (
+        lambda place: parquet(place, [[None, {"bbox": [1, 2, 3, 4], "category": 0}]] * 4, OBJECTS),
+        {},
+        r"2 boxes with the categories \[None, 0\]",
     ),
     "another format": (lambda place: str(place), {"box_format": "cxcywh"}, "not one of xywh, xyxy"),
     "nothing there": (lambda place: str(place), {}, "does not exist"),

@@ -172,7 +172,8 @@ def _image_and_objects(part: Dataset, image_column: str | None, objects_column: 
     box, category = (_field(fields, usual, objects) for usual in (_BOX_NAMES, _CATEGORY_NAMES))
     rows = part[OBJECTS][:]
     if isinstance(kind, List):  # a list of objects: made the lists of their boxes and categories
-        found = [{BOX: [x[box] for x in row or ()], CATEGORY: [x[category] for x in row or ()]} for row in rows]
+        rows = [[x or {} for x in row or ()] for row in rows]
+        found = [{BOX: [x.get(box) for x in row], CATEGORY: [x.get(category) for x in row]} for row in rows]
         label = fields[category]
     else:
         found = [{BOX: (row or {}).get(box) or [], CATEGORY: (row or {}).get(category) or []} for row in rows]
@@ -208,7 +209,10 @@ def _names(kinds: list, parts: Sequence[Dataset]) -> list[str]:
         raise ValueError("No image has an object with a category.")
     if all(isinstance(label, str) for label in found):
         return sorted(found)
-    return [str(number) for number in range(max(found) + 1)]
+    for label in found:
+        if not _is_whole(label):
+            raise ValueError(f"The category {label!r} is no whole number, as a class without a name is.")
+    return [str(number) for number in range(int(max(found)) + 1)]
 
 
 def _checked(part: Dataset, names: list[str], box_format: str, left_out: list[str]) -> tuple[Dataset, int]:
@@ -243,11 +247,16 @@ def _checked(part: Dataset, names: list[str], box_format: str, left_out: list[st
 
 
 def _is_number(label, count: int) -> bool:
-    return isinstance(label, int) and 0 <= label < count
+    return _is_whole(label) and 0 <= label < count
+
+
+def _is_whole(label) -> bool:
+    return isinstance(label, (int, float)) and float(label).is_integer()
 
 
 def _clipped(boxes: list, box_format: str, width: int, height: int, row: int) -> np.ndarray:
-    """(N, 4) boxes [x, y, width, height] inside an image; a side that is not finite becomes 0."""
+    """(N, 4) boxes [x, y, width, height] inside an image; one that is missing or not finite becomes 0."""
+    boxes = [[np.nan] * 4 if box is None else box for box in boxes]
     if any(len(box) != 4 for box in boxes):
         raise ValueError(f"Row {row}: a box has other than four numbers.")
     array = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
