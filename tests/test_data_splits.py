@@ -5,7 +5,7 @@ import pytest
 from data_cases import own_cache, parquet, rows  # noqa: F401  (a fixture)
 from datasets import Dataset
 
-from hf_fip.tasks.data import load_images, split_clean
+from hf_fip.tasks.data import load_images, pick_splits, split_clean
 
 
 def test_rows_and_splits_depend_on_the_seed_alone():
@@ -22,6 +22,21 @@ def test_without_a_test_split_a_quarter_is_set_aside_and_no_row_is_in_both():
     images = load_images("x.parquet")
     pixels = [np.asarray(row["image"]).tobytes() for part in (images.train, images.test) for row in part]
     assert len(images.test) == 4 and len(set(pixels)) == 16
+
+
+@pytest.mark.parametrize(
+    "train_split, there, picked",
+    [
+        ("trainval", ["train", "val", "trainval"], ["trainval"]),
+        ("trainval", ["trainval", "val", "test"], ["trainval", "test"]),
+        ("train+validation", ["train+validation", "validation"], ["train+validation"]),
+        ("train", ["train", "val", "trainval"], ["train", "val"]),
+        ("val", ["val", "test", "train"], ["val", "test"]),
+    ],
+)
+def test_a_validation_split_is_not_guessed_beside_one_that_holds_it(train_split, there, picked):
+    assert pick_splits(dict.fromkeys(there), "x", train_split, None) == picked
+    assert pick_splits(dict.fromkeys(there), "x", train_split, there[1]) == [train_split, there[1]]
 
 
 NUMBERS = Dataset.from_dict({"row": list(range(50))})

@@ -26,20 +26,20 @@ def png(width=20, height=10) -> dict:
 
 
 def voc(root) -> None:
-    """Three images: one with a car, and a person that is difficult; one empty; one whose file is damaged."""
+    """Four images: one with a car, and a person that is difficult; two empty; one whose file is damaged."""
     objects = """
         <object><name>car</name><difficult>0</difficult>
           <bndbox><xmin>1</xmin><ymin>2</ymin><xmax>10</xmax><ymax>6</ymax></bndbox></object>
         <object><name>person</name><difficult>1</difficult>
           <bndbox><xmin>1</xmin><ymin>1</ymin><xmax>5</xmax><ymax>5</ymax></bndbox></object>"""
-    for name, content in {"a": objects, "b": "", "c": ""}.items():
+    for name, content in {"a": objects, "b": "", "c": "", "d": ""}.items():
         picture(root / "JPEGImages" / f"{name}.jpg")
         (root / "Annotations").mkdir(exist_ok=True)
         text = f"<annotation><filename>{name}.jpg</filename>{content}</annotation>"
         (root / "Annotations" / f"{name}.xml").write_text(text)
     (root / "JPEGImages" / "c.jpg").write_bytes(b"no picture")
     (root / "ImageSets" / "Main").mkdir(parents=True)
-    for split, names in {"train": "a\nb\nc\n", "test": "a\n", "car_train": "a 1\n"}.items():
+    for split, names in {"train": "a\nb\nc\n", "test": "d\n", "car_train": "a 1\n"}.items():
         (root / "ImageSets" / "Main" / f"{split}.txt").write_text(names)
 
 
@@ -93,6 +93,39 @@ def test_annotations_that_cannot_be_read_are_refused_by_name(tmp_path):
         load_annotated_images(str(tmp_path))
 
 
+def test_two_coco_files_of_one_split_are_refused(tmp_path):
+    coco(tmp_path)
+    (tmp_path / "annotations" / "instances_train2014.json").write_text("{}")
+    with pytest.raises(ValueError, match="train2014.json and instances_train2017.json are both of the split 'train'"):
+        load_annotated_images(str(tmp_path))
+
+
+def lists_of_voc(root) -> str:
+    """The lists that VOC2012 has."""
+    voc(root)
+    (root / "ImageSets" / "Main" / "test.txt").unlink()
+    for split, names in {"train": "a\nb\n", "val": "c\nd\n", "trainval": "a\nb\nc\nd\n"}.items():
+        (root / "ImageSets" / "Main" / f"{split}.txt").write_text(names)
+    picture(root / "JPEGImages" / "c.jpg")
+    return str(root)
+
+
+@pytest.mark.parametrize("train_split, sizes", [(None, (2, 2)), ("trainval", (3, 1))])
+def test_no_image_of_a_voc_folder_is_both_trained_and_tested_on(train_split, sizes, tmp_path):
+    data = load_annotated_images(lists_of_voc(tmp_path), train_split=train_split)
+    train, test = (
+        {file["path"] for file in part.cast_column("image", Image(decode=False))["image"]}
+        for part in (data.train, data.test)
+    )
+    assert (len(train), len(test)) == sizes and not train & test
+
+
+def test_two_lists_that_share_images_are_refused(tmp_path):
+    folder = lists_of_voc(tmp_path)
+    with pytest.raises(ValueError, match="'trainval' and 'val' share 2 images, such as c.jpg. Set --train_split"):
+        load_annotated_images(folder, train_split="trainval", test_split="val")
+
+
 def test_two_voc_data_sets_in_one_folder_are_refused(tmp_path):
     for year in ("VOC2007", "VOC2012"):
         (tmp_path / year).mkdir()
@@ -100,6 +133,9 @@ def test_two_voc_data_sets_in_one_folder_are_refused(tmp_path):
     with pytest.raises(ValueError, match="several data sets: choose one, such as .*VOC2007"):
         load_annotated_images(str(tmp_path))
 
+
+OBJECTS = List({"bbox": List(Value("float32")), "category": ClassLabel(names=["x", "y"])})
+FLOATS = {"bbox": List(List(Value("float32"))), "category": List(Value("float32"))}
 
 FORMATS = {
     "lists": ([{"bbox": [[1, 2, 3, 4]], "category": [1]}] * 4, LISTS, "xywh"),
@@ -119,6 +155,7 @@ FORMATS = {
         {"bbox": List(List(Value("float32"))), "category": List(Value("int64"))},
         "xywh",
     ),
+    "numbers as floats": ([{"bbox": [[1, 2, 3, 4]], "category": [1]}] * 4, FLOATS, "xywh"),
 }
 
 
@@ -132,11 +169,19 @@ def test_the_formats_of_the_hub_give_the_same(case, tmp_path):
 
 
 def test_boxes_are_clipped_and_those_without_an_area_inside_are_dropped(tmp_path):
-    boxes = [[15, 5, 10, 10], [-5, 0, 10, 5], [30, 0, 5, 5], [1, 1, 0, 5], [float("nan"), 0, 1, 1]]
-    objects = [{"bbox": boxes, "category": [0] * 5}] * 4
+    boxes = [
+        [15, 5, 10, 10],
+        [-5, 0, 10, 5],
+        [30, 0, 5, 5],
+        [1, 1, 0, 5],
+        [float("nan"), 0, 1, 1],
+        None,
+        [1, None, 3, 4],
+    ]
+    objects = [{"bbox": boxes, "category": [0] * len(boxes)}] * 4
     data = load_annotated_images(parquet(tmp_path / "data.parquet", objects, LISTS))
     assert data.train[0]["objects"]["bbox"] == [[15, 5, 5, 5], [0, 0, 5, 5]]
-    assert data.dropped == 4 * 3
+    assert data.dropped == 4 * 5
 
 
 REFUSED = {
@@ -150,6 +195,16 @@ REFUSED = {
         lambda place: parquet(place, [{"bbox": [[1, 2, 3, 4]], "category": []}] * 4, LISTS),
         {},
         "1 boxes with the categories",
+    ),
+    "a category between two": (
+        lambda place: parquet(place, [{"bbox": [[1, 2, 3, 4]], "category": [0.5]}] * 4, FLOATS),
+        {},
+        "category 0.5 is no whole number",
+    ),
+    "an object that is missing": (
+        lambda place: parquet(place, [[None, {"bbox": [1, 2, 3, 4], "category": 0}]] * 4, OBJECTS),
+        {},
+        r"2 boxes with the categories \[None, 0\]",
     ),
     "another format": (lambda place: str(place), {"box_format": "cxcywh"}, "not one of xywh, xyxy"),
     "nothing there": (lambda place: str(place), {}, "does not exist"),
@@ -180,6 +235,23 @@ def test_classes_get_the_models_numbers_by_name(tmp_path):
     model.config.num_labels, model.config.id2label = 0, {}
     with pytest.raises(ValueError, match="1 classes and the model answers 0"):
         match_classes(data, model)
+
+
+def people_and_planes(place):
+    feature = {"bbox": List(List(Value("float32"))), "category": List(Value("string"))}
+    objects = [{"bbox": [[1, 2, 3, 4]] * 2, "category": ["person", "aeroplane"]}] * 4
+    return load_annotated_images(parquet(place / "data.parquet", objects, feature))
+
+
+def test_classes_keep_their_numbers_where_the_model_has_none_of_their_names(tmp_path):
+    model = SimpleNamespace(config=SimpleNamespace(num_labels=3, id2label={0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}))
+    assert match_classes(people_and_planes(tmp_path), model).train[0]["objects"]["category"] == [1, 0]
+
+
+def test_classes_of_which_the_model_has_some_by_name_are_refused(tmp_path):
+    model = SimpleNamespace(config=SimpleNamespace(num_labels=3, id2label={0: "N/A", 1: "person", 2: "airplane"}))
+    with pytest.raises(ValueError, match="by name, but not aeroplane: it answers N/A, person, airplane. Name the"):
+        match_classes(people_and_planes(tmp_path), model)
 
 
 def test_scenes_are_seeded_and_their_boxes_are_around_their_shapes():

@@ -1,6 +1,7 @@
 """Point clouds from every layout that is read, what becomes of those that are broken, and their pictures."""
 
 import sys
+from io import BytesIO
 from types import SimpleNamespace
 
 import datasets
@@ -123,6 +124,35 @@ def test_hdf5_files_as_modelnet40_has_them_are_read_where_h5py_is(tmp_path, monk
         load_clouds(str(tmp_path))
 
 
+def test_hdf5_files_of_more_columns_give_their_first_three_and_those_of_another_shape_are_left_out(
+    tmp_path, monkeypatch
+):
+    points = np.stack([cloud(20, row) for row in range(4)])
+    content = {
+        "train0": np.concatenate([points, np.full_like(points, 7)], axis=2),
+        "test0": points,
+        "train_of_two_columns": points[..., :2],
+        "train_of_one_cloud": points[0],
+        "train_of_text": points.astype(str),
+    }
+    for name in content:
+        (tmp_path / f"{name}.h5").touch()
+
+    def opened(path, mode):
+        return Opened(data=content[path.stem], label=np.arange(len(content[path.stem])))
+
+    monkeypatch.setitem(sys.modules, "h5py", SimpleNamespace(File=opened))
+    found = load_clouds(str(tmp_path))
+    assert found.train["label"][:] == found.test["label"][:] == [0, 1, 2, 3]
+    for part in (found.train, found.test):
+        np.testing.assert_array_equal(arrays_of(part), [normalised(one) for one in points])
+    assert found.left_out == [
+        "train_of_one_cloud.h5: it has the shape (20, 3), not (n, N, 3 or more)",
+        f"train_of_text.h5: it holds {content['train_of_text'].dtype}, not numbers",
+        "train_of_two_columns.h5: it has the shape (4, 20, 2), not (n, N, 3 or more)",
+    ]
+
+
 def test_shapes_are_made_in_every_class_and_always_the_same():
     data = load_clouds(max_train_samples=40, max_test_samples=16, num_points=64)
     assert data.class_names == sorted(SHAPES) and {len(points) for points in arrays_of(data.train)} == {64}
@@ -171,12 +201,44 @@ def test_a_broken_mesh_is_left_out_and_counted(case, tmp_path):
     assert data.left_out[0].startswith("cube/train/broken.off: ") and message in data.left_out[0]
 
 
-@pytest.mark.parametrize("array", [np.zeros((5, 2)), np.zeros(7), np.array([{}], dtype=object)])
+@pytest.mark.parametrize(
+    "array", [np.zeros((5, 2)), np.zeros(7), np.array([{}], dtype=object), np.array([["a", "b", "c"]])]
+)
 def test_a_broken_numpy_file_is_left_out_and_no_pickle_is_read(array, tmp_path):
     write_npy(tmp_path)
     np.save(tmp_path / "train" / "cube" / "broken.npy", array, allow_pickle=True)
     data = load_clouds(str(tmp_path), num_points=10)
     assert len(data.train) == 6 and [line.split(":")[0] for line in data.left_out] == ["train/cube/broken.npy"]
+
+
+def npy(header: str) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
+
+
+def npz() -> bytes:
+    np.savez(file := BytesIO(), points=cloud(5))
+    return file.getvalue()
+
+
+DAMAGED = {
+    "empty": b"",
+    "an archive of arrays": npz(),
+    "an archive cut off": npz()[:60],
+    "a header cut off": npy("{'descr': '<f8', "),
+    "a header that is no Python": npy("{'shape': 007}"),
+    "no points in it": npy("{'descr': '<f8', 'fortran_order': False, 'shape': (5, 3)}\n"),
+    "more points than any memory holds": npy("{'descr': '<f8', 'fortran_order': False, 'shape': (3, 10000000000000)}"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_numpy_file_is_left_out_with_a_reason(case, tmp_path):
+    write_npy(tmp_path)
+    (tmp_path / "train" / "cube" / "broken.npy").write_bytes(DAMAGED[case])
+    data = load_clouds(str(tmp_path), num_points=10)
+    assert len(data.train) == 6 and len(data.left_out) == 1
+    place, reason = data.left_out[0].split(": ", 1)
+    assert place == "train/cube/broken.npy" and reason
 
 
 def test_rows_that_hold_no_cloud_are_left_out():

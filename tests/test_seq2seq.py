@@ -130,6 +130,27 @@ def test_each_turn_of_a_dialogue_answers_the_one_before():
     assert rows == {("a", "b"), ("b", "c"), ("e", "f"), ("g", "h")}
 
 
+def test_a_dialogue_that_is_missing_is_left_out_and_counted():
+    parquet("x.parquet", dialog=[["a", "b"], None, ["c", None, "d"], [], ["e", "f", "g"]])
+    found = load_pairs("x.parquet")
+    rows = sorted(row["source"] for part in (found.train, found.test) for row in part)
+    assert rows == ["a", "e", "f"] and found.skipped == 3
+
+
+def test_a_column_of_texts_is_no_dialogue_whatever_its_name():
+    parquet("x.parquet", dialogue=ENGLISH, summary=GERMAN)
+    assert {row["target"] for row in load_pairs("x.parquet").train} < set(GERMAN)
+
+
+@pytest.mark.parametrize(
+    "turns", [[{"text": "a"}, {"text": "b"}], {"text": ["a", "b"]}, [1, 2], [["a"], ["b"]], [None, None]], ids=str
+)
+def test_dialogues_that_are_no_lists_of_texts_are_refused(turns):
+    parquet("x.parquet", turns=[turns] * 8)
+    with pytest.raises(ValueError, match="'turns' holds .*, not dialogues, each a list of texts. Set --source"):
+        load_pairs("x.parquet")
+
+
 def test_pairs_without_a_source_or_target_are_left_out_and_counted():
     parquet("x.parquet", source=["a", "", None, "b", " \t", "c", "d"], target=["A", "B", "C", "", "D", "E", "F"])
     found = load_pairs("x.parquet")

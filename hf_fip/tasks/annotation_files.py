@@ -25,7 +25,7 @@ def read_annotated_folder(folder: Path) -> DatasetDict | None:
         Columns `image` (the file) and `objects`: `bbox`, [x, y, width, height] in pixels, and `category`, its name.
 
     Raises:
-        ValueError: an annotation cannot be read, or there are several such folders.
+        ValueError: an annotation cannot be read, or there are several such folders or several files of one split.
     """
     roots = (folder, *sorted(folder.glob("VOC*")), *sorted(folder.glob("VOC*/VOC*")))
     roots = [place for place in roots if (place / _VOC_IMAGES).is_dir() and (place / _VOC_BOXES).is_dir()]
@@ -34,10 +34,15 @@ def read_annotated_folder(folder: Path) -> DatasetDict | None:
     try:
         if roots:
             return _voc(roots[0])
-        splits = {file.stem.removeprefix("instances_"): file for file in sorted(folder.glob(_COCO))}
-        if not splits:
-            return None
-        return DatasetDict({name.rstrip("0123456789"): _coco(folder, name, file) for name, file in splits.items()})
+        files: dict[str, Path] = {}
+        for file in sorted(folder.glob(_COCO)):
+            split = file.stem.removeprefix("instances_").rstrip("0123456789")
+            if split in files:
+                raise ValueError(
+                    f"{files[split]} and {file.name} are both of the split {split!r}: move one elsewhere."
+                )
+            files[split] = file
+        return DatasetDict({split: _coco(folder, file) for split, file in files.items()}) or None
     except (OSError, KeyError, TypeError, AttributeError, ElementTree.ParseError, json.JSONDecodeError) as error:
         raise ValueError(f"The annotations in {folder} cannot be read: {type(error).__name__}: {error}") from error
 
@@ -66,7 +71,8 @@ def _voc_row(root: Path, name: str) -> tuple[Path, list, list]:
 _VOC_SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 
-def _coco(folder: Path, split: str, file: Path) -> Dataset:
+def _coco(folder: Path, file: Path) -> Dataset:
+    split = file.stem.removeprefix("instances_")
     content = json.loads(file.read_text(encoding="utf-8"))
     names = {category["id"]: category["name"] for category in content["categories"]}
     places = (folder / split, folder / "images" / split, folder / "images")

@@ -59,7 +59,8 @@ def load_clouds(
     Args:
         name_or_path: a Hub id; a parquet file or a folder of them; a folder of HDF5 files as ModelNet40 has them
             (`data`, `label`, the split in the file's name, `shape_names.txt`); a folder of OFF meshes or NumPy files,
-            `class/split/file` or `split/class/file`; or `shapes`, which are generated.
+            `class/split/file` or `split/class/file`; or `shapes`, which are generated. Of more than three columns in
+            an HDF5 or NumPy file the first three are the coordinates.
         config_name: the configuration of a Hub data set that has several.
         points_column, label_column: guessed from usual names when left out.
         num_points: what a mesh is sampled to (evenly over its surface), and a larger cloud is thinned out to. A
@@ -183,8 +184,8 @@ def _from_files(
             if not classes:
                 raise ValueError("it lies in no folder that names its class")
             cloud = read(file)
-        except (OSError, ValueError, IndexError) as error:
-            left_out.append(f"{file.relative_to(folder)}: {error}")
+        except Exception as error:  # NumPy raises many kinds for what is damaged
+            left_out.append(f"{file.relative_to(folder)}: {str(error) or type(error).__name__}")
             continue
         clouds, labels = found.setdefault(split, ([], []))
         clouds.append(cloud)
@@ -195,7 +196,7 @@ def _from_files(
 
 
 def _from_hdf5(files: list[Path], folder: Path, left_out: list[str]) -> DatasetDict:
-    """Many clouds a file, as ModelNet40 is shared: `data` (n, N, 3) and `label` (n, 1)."""
+    """Many clouds a file, as ModelNet40 is shared: `data` (n, N, 3 or more) and `label` (n, 1)."""
     try:
         import h5py
     except ImportError as error:
@@ -209,6 +210,7 @@ def _from_hdf5(files: list[Path], folder: Path, left_out: list[str]) -> DatasetD
         try:
             with h5py.File(file, "r") as opened:
                 data, numbers = opened["data"][:], opened["label"][:].reshape(-1).astype(int).tolist()
+            data = _coordinates(data, "n, N")
             if len(data) != len(numbers):
                 raise ValueError(f"it has {len(data)} clouds and {len(numbers)} labels")
             of_file = [names[number] for number in numbers] if names else numbers
@@ -224,10 +226,21 @@ def _from_hdf5(files: list[Path], folder: Path, left_out: list[str]) -> DatasetD
 
 
 def _read_npy(file: Path, num_points: int, seed: int) -> np.ndarray:
-    points = np.load(file, allow_pickle=False)
-    if points.ndim != 2 or points.shape[1] < 3:
-        raise ValueError(f"it has the shape {points.shape}, not (N, 3 or more)")
-    return points[:, :3]
+    with file.open("rb") as opened:  # np.load takes archives for arrays too
+        return _coordinates(np.lib.format.read_array(opened, allow_pickle=False), "N")
+
+
+def _coordinates(array: np.ndarray, axes: str) -> np.ndarray:
+    """The first three columns of clouds with these axes before their columns.
+
+    Raises:
+        ValueError: it has other axes, fewer columns, or no numbers.
+    """
+    if array.ndim != len(axes.split(",")) + 1 or array.shape[-1] < 3:
+        raise ValueError(f"it has the shape {array.shape}, not ({axes}, 3 or more)")
+    if array.dtype.kind not in "iuf":
+        raise ValueError(f"it holds {array.dtype}, not numbers")
+    return array[..., :3]
 
 
 def _read_off(file: Path, num_points: int, seed: int) -> np.ndarray:

@@ -8,10 +8,12 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Image, Value
 
 from ..hub.safe_data import check_references
+from ..hub.text import one_line
 
 _IMAGE_NAMES = ("image", "img", "pixel_values", "picture")
 _LABEL_NAMES = ("label", "labels", "fine_label", "class", "target")
 _MOST_CLASSES = 100_000  # a larger number in a label column is no class
+_LONGEST_LIST = 1000  # characters of the names of a model's classes that are shown
 
 
 def image_and_label(
@@ -89,6 +91,29 @@ def with_classes(*parts: Dataset, names: list[str] | None = None) -> list[Datase
             part = part.remove_columns("label").add_column("label", numbers, feature=ClassLabel(names=names))
         done.append(part)
     return done
+
+
+def match_by_name(classes: list[str], model_classes: list[str], name: str) -> bool:
+    """Whether the classes of the data are those of a model by their names, and not by their numbers.
+
+    They are when the model has all the names. Numbers decide when it has none of them.
+
+    Raises:
+        ValueError: the model has some of the names only, or answers fewer classes.
+    """
+    unknown = [label for label in classes if label not in model_classes]
+    if 0 < len(unknown) < len(classes):
+        wrong, there = (one_line(", ".join(dict.fromkeys(names)), _LONGEST_LIST) for names in (unknown, model_classes))
+        raise ValueError(
+            f"The model knows some classes of {name} by name, but not {wrong}: it answers {there}. Name the classes "
+            "as the model does, or use the data set the model was trained for."
+        )
+    if len(classes) > len(model_classes):
+        raise ValueError(
+            f"{name} has {len(classes)} classes and the model answers {len(model_classes)}: "
+            "use the data set the model was trained for."
+        )
+    return not unknown
 
 
 def _labels(part: Dataset) -> list[int] | list[str]:

@@ -15,7 +15,8 @@ from ..hub.safe_data import check_data_folder, check_references
 from .columns import image_and_label, with_classes
 from .image_data import DIGITS, NAMED_IMAGES, NamedImages, named_images, squares
 
-_TEST_NAMES = ("test", "validation", "valid", "val", "dev")
+_VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+_TEST_NAMES = ("test", *_VALIDATION_NAMES)
 _HELD_OUT = 0.25  # share of the rows taken for testing when a data set has no test split
 
 
@@ -127,13 +128,17 @@ def train_and_test(
 def pick_splits(splits: DatasetDict, name: str, train_split: str | None, test_split: str | None) -> list[str]:
     """The names of the splits to train and to test on; the former alone where there is none to test on.
 
+    Beside a training split such as `trainval` no validation split is guessed: its rows are in both.
+
     Raises:
         ValueError: as in `load_images`.
     """
     train_split = _pick_split(splits, train_split, ("train", "training"), name, "--train_split")
     names = [train_split]
-    if test_split or set(_TEST_NAMES) & set(splits):
-        names.append(_pick_split(splits, test_split, _TEST_NAMES, name, "--test_split"))
+    merged = train_split not in _TEST_NAMES and any(part in train_split for part in _VALIDATION_NAMES)
+    usual = _TEST_NAMES[:1] if merged else _TEST_NAMES
+    if test_split or set(usual) & set(splits):
+        names.append(_pick_split(splits, test_split, usual, name, "--test_split"))
     if names[1:] == [train_split]:
         raise ValueError(f"The split {train_split!r} cannot be both for training and for testing. Set --test_split.")
     return names

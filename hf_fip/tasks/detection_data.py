@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Va
 from torch import nn
 
 from .annotation_files import BOX, CATEGORY, read_annotated_folder
-from .columns import pick_column
+from .columns import match_by_name, pick_column
 from .data import divide, load_splits, pick_splits
 from .scenes import SHAPES, scenes
 
@@ -82,23 +82,24 @@ def load_annotated_images(
         train_split, test_split, max_train_samples, max_test_samples, seed: as in `load_images`.
 
     Raises:
-        ValueError: when the data, a split or a column cannot be found, no image can be read, or there is no class.
+        ValueError: when the data, a split or a column cannot be found, no image can be read, there is no class, or
+            two lists of a folder share images.
     """
     if box_format not in BOX_FORMATS:
         raise ValueError(f"--box_format={box_format} is not one of {', '.join(BOX_FORMATS)}.")
-    splits = None
+    splits = annotated = None
     if name_or_path == SCENES and not Path(name_or_path).exists():
         splits = _scenes()
     elif Path(name_or_path).is_dir():
-        splits = read_annotated_folder(Path(name_or_path))
+        splits = annotated = read_annotated_folder(Path(name_or_path))
     if splits:
         box_format = "xywh"
     else:
         splits = load_splits(name_or_path, config_name, revision=revision)
-    parts = [
-        _image_and_objects(splits[name], image_column, objects_column)
-        for name in pick_splits(splits, name_or_path, train_split, test_split)
-    ]
+    picked = pick_splits(splits, name_or_path, train_split, test_split)
+    if annotated:
+        _check_apart(annotated, picked)
+    parts = [_image_and_objects(splits[name], image_column, objects_column) for name in picked]
     parts = divide(parts, max_train_samples, max_test_samples, seed)
     names = _names([part.features[OBJECTS][CATEGORY].feature for part in parts], parts)
     left_out: list[str] = []
@@ -110,21 +111,15 @@ def load_annotated_images(
 def match_classes(data: AnnotatedImages, model: nn.Module) -> AnnotatedImages:
     """The data with their classes numbered as the model numbers them.
 
-    When the model has a name for each class of the data, names decide; otherwise the numbers are taken as they are.
+    When the model has a name for each class of the data, names decide; when it has none of the names, the numbers are
+    taken as they are.
 
     Raises:
-        ValueError: when the data have classes that the model cannot answer.
+        ValueError: when the data have classes that the model cannot answer, or has names for some of them only.
     """
     names = [str(model.config.id2label.get(number, number)) for number in range(model.config.num_labels)]
-    if set(data.class_names) <= set(names):
-        numbers = [names.index(name) for name in data.class_names]
-    elif len(data.class_names) <= len(names):
-        numbers = list(range(len(data.class_names)))
-    else:
-        raise ValueError(
-            f"{data.name} has {len(data.class_names)} classes and the model answers {len(names)}: "
-            "use the data set the model was trained for."
-        )
+    by_name = match_by_name(data.class_names, names, data.name)
+    numbers = [names.index(name) if by_name else number for number, name in enumerate(data.class_names)]
     unique = [name if names.index(name) == number else f"{name} ({number})" for number, name in enumerate(names)]
 
     def renumbered(part: Dataset) -> Dataset:
@@ -153,6 +148,17 @@ def _scenes() -> DatasetDict:
     return DatasetDict(parts)
 
 
+def _check_apart(splits: DatasetDict, names: list[str]) -> None:
+    """Raise ValueError where splits of an annotated folder share images."""
+    files = [splits[name].cast_column(IMAGE, Image(decode=False))[IMAGE][:] for name in names]
+    shared = sorted(set.intersection(*({file["path"] for file in part} for part in files))) if names[1:] else []
+    if shared:
+        raise ValueError(
+            f"The splits {' and '.join(map(repr, names))} share {len(shared)} images, such as {Path(shared[0]).name}. "
+            "Set --train_split and --test_split to two that share none."
+        )
+
+
 def _image_and_objects(part: Dataset, image_column: str | None, objects_column: str | None) -> Dataset:
     """Two columns: `image`, a `datasets.Image`, and `objects`, with `bbox` and `category` as they are."""
     image = pick_column(part, image_column, ("image", "img"), Image, "image")
@@ -166,7 +172,8 @@ def _image_and_objects(part: Dataset, image_column: str | None, objects_column: 
     box, category = (_field(fields, usual, objects) for usual in (_BOX_NAMES, _CATEGORY_NAMES))
     rows = part[OBJECTS][:]
     if isinstance(kind, List):  # a list of objects: made the lists of their boxes and categories
-        found = [{BOX: [x[box] for x in row or ()], CATEGORY: [x[category] for x in row or ()]} for row in rows]
+        rows = [[x or {} for x in row or ()] for row in rows]
+        found = [{BOX: [x.get(box) for x in row], CATEGORY: [x.get(category) for x in row]} for row in rows]
         label = fields[category]
     else:
         found = [{BOX: (row or {}).get(box) or [], CATEGORY: (row or {}).get(category) or []} for row in rows]
@@ -202,7 +209,10 @@ def _names(kinds: list, parts: Sequence[Dataset]) -> list[str]:
         raise ValueError("No image has an object with a category.")
     if all(isinstance(label, str) for label in found):
         return sorted(found)
-    return [str(number) for number in range(max(found) + 1)]
+    for label in found:
+        if not _is_whole(label):
+            raise ValueError(f"The category {label!r} is no whole number, as a class without a name is.")
+    return [str(number) for number in range(int(max(found)) + 1)]
 
 
 def _checked(part: Dataset, names: list[str], box_format: str, left_out: list[str]) -> tuple[Dataset, int]:
@@ -237,11 +247,16 @@ def _checked(part: Dataset, names: list[str], box_format: str, left_out: list[st
 
 
 def _is_number(label, count: int) -> bool:
-    return isinstance(label, int) and 0 <= label < count
+    return _is_whole(label) and 0 <= label < count
+
+
+def _is_whole(label) -> bool:
+    return isinstance(label, (int, float)) and float(label).is_integer()
 
 
 def _clipped(boxes: list, box_format: str, width: int, height: int, row: int) -> np.ndarray:
-    """(N, 4) boxes [x, y, width, height] inside an image; a side that is not finite becomes 0."""
+    """(N, 4) boxes [x, y, width, height] inside an image; one that is missing or not finite becomes 0."""
+    boxes = [[np.nan] * 4 if box is None else box for box in boxes]
     if any(len(box) != 4 for box in boxes):
         raise ValueError(f"Row {row}: a box has other than four numbers.")
     array = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)

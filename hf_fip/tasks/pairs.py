@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as compute
-from datasets import Dataset, DatasetDict, Value
+from datasets import Dataset, DatasetDict, Features, LargeList, List, Value
 
 from .data import divide, load_splits, pick_splits
 from .toy_corpus import sentence_pairs
@@ -26,7 +26,7 @@ class SentencePairs:
     Attributes:
         train, test: `datasets.Dataset`s with the columns `source` and `target`, no text of which is empty.
         name: what the user called it.
-        skipped: pairs left out because source or target was missing or empty.
+        skipped: pairs left out because source or target was missing or empty, and dialogues that were missing.
     """
 
     train: Dataset
@@ -63,7 +63,7 @@ def load_pairs(
 
     Raises:
         ValueError: when the data, a split, a language or a column cannot be found, the message lists what is there; a
-            line of a TSV file has no two fields; no pair is left.
+            line of a TSV file has no two fields; dialogues are no lists of texts; no pair is left.
     """
     splits = _splits_of(name_or_path, config_name, bool(source or target), token, revision)
     names = pick_splits(splits, name_or_path, train_split, test_split)
@@ -114,14 +114,29 @@ def _as_pairs(dataset: Dataset, source: str | None, target: str | None) -> Datas
         source, target = _pick_two(languages, source, target, "languages")
         dataset = dataset.select_columns(_TRANSLATION).flatten()
         return _renamed(dataset, f"{_TRANSLATION}.{source}", f"{_TRANSLATION}.{target}")
-    dialogue = next((name for name in _DIALOGUES if name in columns), None)
+    dialogue = next((name for name in _DIALOGUES if name in columns and not isinstance(columns[name], Value)), None)
     if dialogue is not None and source is None and target is None:
-        turns = dataset[dialogue][:]
-        return _from_rows([pair for dialog in turns for pair in zip(dialog[:-1], dialog[1:], strict=True)])
-    texts = [name for name, kind in columns.items() if isinstance(kind, Value) and kind.dtype.endswith("string")]
+        return _turns(dataset, dialogue)
+    texts = [name for name, kind in columns.items() if _is_text(kind)]
     usual = next((pair for pair in _NAMES if set(pair) <= set(texts)), texts)
     source, target = _pick_two(list(usual) if source is None and target is None else texts, source, target, "columns")
     return _renamed(dataset, source, target)
+
+
+def _is_text(kind) -> bool:
+    return isinstance(kind, Value) and kind.dtype.endswith("string")
+
+
+def _turns(dataset: Dataset, column: str) -> Dataset:
+    """A pair for each turn of a dialogue and the next; one without text for a dialogue that is missing."""
+    kind = dataset.features[column]
+    if not isinstance(kind, (List, LargeList)) or not _is_text(kind.feature):
+        raise ValueError(
+            f"The column {column!r} holds {kind}, not dialogues, each a list of texts. Set --source and --target to "
+            "columns of texts."
+        )
+    dialogues = ([None, None] if turns is None else turns for turns in dataset[column][:])
+    return _from_rows([pair for turns in dialogues for pair in zip(turns[:-1], turns[1:], strict=True)])
 
 
 def _pick_two(there: list[str], source: str | None, target: str | None, what: str) -> tuple[str, str]:
@@ -141,7 +156,8 @@ def _pick_two(there: list[str], source: str | None, target: str | None, what: st
 
 
 def _from_rows(rows: list[tuple[str | None, str | None]]) -> Dataset:
-    return Dataset.from_dict({SOURCE: [row[0] for row in rows], TARGET: [row[1] for row in rows]})
+    features = Features({SOURCE: Value("string"), TARGET: Value("string")})
+    return Dataset.from_dict({SOURCE: [row[0] for row in rows], TARGET: [row[1] for row in rows]}, features)
 
 
 def _renamed(dataset: Dataset, source: str, target: str) -> Dataset:
