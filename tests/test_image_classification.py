@@ -259,7 +259,6 @@ MATCHES = {  # classes of the model, of the data; labels of the data, in the mod
     "another order": (["dog", "cat"], ["cat", "dog"], [0, 1, 1], [1, 0, 0]),
     "some of the model's": (["cow", "dog", "cat"], ["cat", "dog"], [0, 1, 1], [2, 1, 1]),
     "other names": (["LABEL_0", "LABEL_1", "LABEL_2"], ["cat", "dog"], [0, 1, 1], [0, 1, 1]),
-    "some names alike": (["dog", "cow"], ["cat", "dog"], [0, 1, 1], [0, 1, 1]),
 }
 
 
@@ -275,6 +274,11 @@ def test_a_model_that_uses_one_name_twice_is_matched_by_number():
     model = model_of(["a", "b", "c"])
     model.config.id2label = {0: "crane", 1: "crane", 2: "dog"}
     assert match_labels(images_of(["dog", "crane"], [0, 1]), model).train["label"][:] == [0, 1]
+
+
+def test_a_model_that_has_only_some_classes_of_the_data_by_name_is_refused():
+    with pytest.raises(ValueError, match="some classes of some images by name, but not cat: it answers dog, cow"):
+        match_labels(images_of(["cat", "dog"], [0, 1]), model_of(["dog", "cow"]))
 
 
 def test_more_classes_than_the_model_answers_are_refused():

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..attacks.poison import ROLE_COLUMN, to_array
 from ..hub.load import load_with_image_processor
-from .columns import with_classes
+from .columns import match_by_name, with_classes
 from .data import LabelledImages
 
 _KEEP_IN_MEMORY = 2**30  # bytes of preprocessed images kept; beyond it they are made when asked for
@@ -87,21 +87,19 @@ def load_image_classifier(name_or_path: str, processor_name: str | None = None, 
 def match_labels(images: LabelledImages, model: nn.Module) -> LabelledImages:
     """The images with their classes numbered as the model numbers them.
 
-    When the model has a name for each class of the data, names decide; otherwise the numbers are taken as they are.
+    When the model has a name for each class of the data, names decide; when it has none of the names, or uses one
+    twice, the numbers are taken as they are.
 
     Raises:
-        ValueError: when the data have labels that the model cannot answer.
+        ValueError: when the data have labels that the model cannot answer, or it has names for some of them only.
     """
     names = [str(model.config.id2label.get(number, number)) for number in range(model.config.num_labels)]
-    if len(set(names)) == len(names) and set(images.class_names) <= set(names):
-        train, test = with_classes(images.train, images.test, names=names)
-        return replace(images, train=train, test=test)
-    if len(images.class_names) > len(names):
-        raise ValueError(
-            f"{images.name} has {len(images.class_names)} classes and the model answers {len(names)}: "
-            "use the data set the model was trained for."
-        )
-    return images
+    if len(set(names)) < len(names):
+        names = [str(number) for number in range(len(names))]
+    if not match_by_name(images.class_names, names, images.name):
+        return images
+    train, test = with_classes(images.train, images.test, names=names)
+    return replace(images, train=train, test=test)
 
 
 def _with_channels(array: np.ndarray, channels: int) -> np.ndarray:
