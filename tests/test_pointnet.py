@@ -24,7 +24,7 @@ from hf_fip import FIPTrainer
 from hf_fip.fisher import fisher_diagonal, fisher_trace
 from hf_fip.models import AutoModelForPointCloudClassification
 from hf_fip.models.pointnet2 import ball_query, farthest_points, take
-from hf_fip.tasks.point_cloud import CloudDataset, collate_clouds
+from hf_fip.tasks.point_cloud import CloudDataset, collate_clouds, scale_and_jitter
 
 
 @pytest.fixture(params=MODELS)
@@ -190,6 +190,17 @@ def test_a_model_is_pushed_as_it_is_saved(make, monkeypatch):
 def test_training_runs_with_the_defaults_and_moves_every_weight(make, tmp_path):
     may_stay = frozenset({"backbone.input_transform.matrix.weight"})  # the gradient of the first steps may be zero
     assert_training_moves_every_weight(trainer(tmp_path, make()), but=may_stay)
+
+
+def test_clouds_of_many_sizes_are_trained_on_and_answered_alike_in_batches_of_any_size(make, tmp_path):
+    items = ragged(5, 9, 16, 7, 30, 12, 8, 21, 10)
+    run = partial(short_run, dataset=items, collate=collate_clouds, eta_f=0.05, eta_r=1.0)
+    trained = run(tmp_path, make(), train_transform=scale_and_jitter)
+    trained.train()
+    answers = [
+        run(tmp_path, trained.model, per_device_eval_batch_size=size).predict(items).predictions for size in (1, 4)
+    ]
+    np.testing.assert_allclose(*answers, atol=1e-5)
 
 
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(make, tmp_path):
