@@ -41,6 +41,7 @@ from .fisher.trace import TraceEstimator
 from .guard import StopAtCheckpoint, UpdateGuard
 from .hub.load import load_model
 from .hub.publishing import Publishing
+from .lone_sample import lone_sample
 from .processes import any_process, sum_over_processes
 from .sharding import ShardedTraining
 
@@ -116,13 +117,14 @@ class FIPMixin(SealedEvaluation, Publishing, ShardedTraining):
             inputs = self._train_transform(self._prepare_inputs(inputs))
         if not self._in_update:
             self._begin_update()
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            self._guard.note(f"The loss is {loss.item()}")
-        self._task_loss = self._task_loss + loss
-        if self.accelerator.sync_gradients:
-            loss = loss + self._add_regularisers()
-            self._in_update = self._observing = False
+        with lone_sample(self.model, inputs):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            if not torch.isfinite(loss):
+                self._guard.note(f"The loss is {loss.item()}")
+            self._task_loss = self._task_loss + loss
+            if self.accelerator.sync_gradients:
+                loss = loss + self._add_regularisers()
+                self._in_update = self._observing = False
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

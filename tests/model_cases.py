@@ -80,11 +80,12 @@ def assert_pushed_as_saved(model: PreTrainedModel, monkeypatch: pytest.MonkeyPat
 
 
 def short_run(
-    folder, model: nn.Module, dataset: Dataset, collate: Callable, peft_config=None, **options
+    folder, model: nn.Module, dataset: Dataset, collate: Callable, peft_config=None, train_transform=None, **options
 ) -> FIPTrainer:
     settings = {"max_steps": 4, "per_device_train_batch_size": 4, "trace_interval": 1, "learning_rate": 0.01}
     config = FIPConfig(str(folder), **{**settings, **QUIET, **options})
-    return FIPTrainer(model, config, data_collator=collate, train_dataset=dataset, peft_config=peft_config)
+    own = {"peft_config": peft_config, "train_transform": train_transform}
+    return FIPTrainer(model, config, data_collator=collate, train_dataset=dataset, **own)
 
 
 def assert_training_moves_every_weight(run: FIPTrainer, but: frozenset[str] = frozenset()) -> None:

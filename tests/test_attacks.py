@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
+from dataclasses import fields
 
 import numpy as np
 import pytest
 from attack_cases import SHAPES, assert_loads_as_saved, attack_of, every_attack, image_of
 
-from hf_fip.attacks import BadNets, Blend, WaNet, attack_class, attack_names, load_attack, make_attack
+from hf_fip.attacks import BadNets, Blend, WaNet, attack_class, attack_names, input_kinds, load_attack, make_attack
 from hf_fip.attacks.base import register
 
 FOURTEEN = ["badnets", "blend", "bppa", "cba", "clb", "dyn_all", "dyn_one", "fba", "issba", "lira", "sig"]
@@ -40,6 +41,15 @@ def test_every_name_makes_its_attack():
     for name in FOURTEEN:
         assert make_attack(name).name == name and type(make_attack(name)) is attack_class(name)
     assert make_attack("badnets", alpha=np.float32(0.5), seed=np.int64(3)) == BadNets(alpha=0.5, seed=3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -np.float32("inf")], ids=str)
+def test_every_option_of_every_attack_has_to_be_finite(value):
+    for name in (name for kind in input_kinds() for name in attack_names(kind)):
+        for field in fields(attack_class(name)):
+            if type(field.default) is float:
+                with pytest.raises(ValueError, match=f"{field.name}=.* must be a finite number"):
+                    make_attack(name, **{field.name: value})
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,7 @@ def test_poison_marks_images_of_every_class_and_changes_none(rate, rows):
         ({"epsilon": 1.5}, "epsilon=1.5"),
         ({"clean_weight": 1.0}, "clean_weight=1.0 is a share of the loss"),
         ({"generator_share": 0.0}, "generator_share=0.0 is a share of all steps"),
-        ({"learning_rate": float("inf")}, "learning_rate=inf must be above 0"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0 must be above 0"),
         ({"width": 1000}, "width=1000"),
     ],
 )

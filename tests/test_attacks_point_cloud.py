@@ -178,6 +178,8 @@ REFUSED = {
     "a coordinate that is none": (lambda: checked_cloud(np.full((4, 3), np.nan, np.float32)), "finite"),
     "no points to insert": (lambda: PointBABall(points=0), "must be positive"),
     "no radius": (lambda: PointBABall(radius=0.0), "must be positive"),
+    "no angle": (lambda: PointBARotation(angle=0.0), "angle=0.0 leaves every cloud as it is"),
+    "a full turn": (lambda: PointBARotation(angle=-720.0), "choose one that is no full turn"),
     "no such axis": (lambda: PointBARotation(axis="w"), "not one of x, y, z"),
     "the target as source": (lambda: PCBA(source_label=2, target_label=2), "another class"),
     "PCBA, all to all": (lambda: PCBA(label_rule="all_to_all"), "all_to_one"),

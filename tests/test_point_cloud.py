@@ -304,6 +304,8 @@ def test_a_ragged_batch_is_filled_up_with_the_clouds_own_points():
     assert made["labels"].tolist() == [2, 5]
     assert torch.equal(made["points"][1], items[1]["points"])
     assert torch.equal(made["points"][0], items[0]["points"][[0, 1, 0, 1, 0]])
+    assert made["points_mask"].tolist() == [[True, True, False, False, False], [True] * 5]
+    assert collate_clouds(items[:1]).keys() == {"points", "labels"}  # nothing is filled up
 
 
 def test_augmentation_scales_and_jitters_and_comes_from_torchs_generator():

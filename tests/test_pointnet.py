@@ -21,9 +21,10 @@ from scipy.spatial.distance import cdist
 from torch import nn
 
 from hf_fip import FIPTrainer
+from hf_fip.fisher import fisher_diagonal, fisher_trace
 from hf_fip.models import AutoModelForPointCloudClassification
 from hf_fip.models.pointnet2 import ball_query, farthest_points, take
-from hf_fip.tasks.point_cloud import CloudDataset, collate_clouds
+from hf_fip.tasks.point_cloud import CloudDataset, collate_clouds, scale_and_jitter
 
 
 @pytest.fixture(params=MODELS)
@@ -79,12 +80,46 @@ def test_the_order_of_the_points_does_not_matter(make):
     torch.testing.assert_close(model(shuffled).logits, model(points).logits)
 
 
-def test_a_cloud_filled_up_with_its_own_points_is_the_same_to_pointnet():
-    model, dataset = settled(pointnet()), [{"points": torch.from_numpy(cloud(n, n)), "labels": 0} for n in (5, 9, 16)]
-    together = collate_clouds(dataset)
-    assert together["points"].shape == (3, 16, 3)
-    alone = torch.cat([model(item["points"][None]).logits for item in dataset])
-    torch.testing.assert_close(model(together["points"]).logits, alone)
+def ragged(*sizes: int) -> list[dict]:
+    return [{"points": torch.from_numpy(cloud(size, size)), "labels": size % 3} for size in sizes]
+
+
+def test_a_cloud_is_answered_alone_as_in_any_batch(make):
+    model, items = settled(make()), ragged(5, 9, 16, 40)
+    together = model(**collate_clouds(items)).logits
+    alone = torch.cat([model(item["points"][None]).logits for item in items])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_what_fills_clouds_up_reaches_no_answer_no_gradient_and_no_statistic(make, training):
+    found, made = [], collate_clouds(ragged(5, 9, 16))
+    for more in (0, 30):
+        model = settled(make()).train(training)
+        points = torch.cat([made["points"], torch.full((3, more, 3), 0.1)], dim=1)
+        mask = torch.cat([made["points_mask"], torch.zeros(3, more, dtype=torch.bool)], dim=1)
+        points[~mask] *= 1 + more
+        logits = model(points, points_mask=mask).logits
+        logits.logsumexp(1).sum().backward()
+        found.append([logits, *(p.grad for p in model.parameters()), *model.buffers()])
+    torch.testing.assert_close(*found)
+
+
+def test_statistics_are_of_the_points_that_clouds_have():
+    model, items = pointnet(input_transform=False).train(), ragged(5, 9, 16)
+    model(**collate_clouds(items))
+    linear, norm, *_ = model.backbone.local_layers
+    points = linear(torch.cat([item["points"] for item in items]))
+    torch.testing.assert_close(norm.running_mean, norm.momentum * points.mean(0))
+    torch.testing.assert_close(norm.running_var, 1 - norm.momentum + norm.momentum * points.var(0))
+
+
+def test_what_fills_a_cloud_up_is_no_centre_and_no_neighbour():
+    points, mask = batch(rows=1, points=6)["points"].repeat(1, 2, 1), torch.arange(12)[None] < 6
+    points[~mask] *= 2  # they would be the farthest
+    chosen = farthest_points(points, 9, mask)
+    assert torch.equal(chosen, farthest_points(points[:, :6], 9)) and set(chosen[0].tolist()) == set(range(6))
+    assert ball_query(points, points[:, :6], 5.0, 9, mask).max() == 5
 
 
 @pytest.mark.parametrize("points", [2, 3])
@@ -122,9 +157,19 @@ def test_the_trace_is_that_of_per_sample_autograd(make):
     assert_trace_is_that_of_autograd(settled(make()), batch())
 
 
+def test_the_trace_and_the_diagonal_of_a_ragged_batch_are_those_of_its_clouds(make):
+    model, items = settled(make()), ragged(5, 9, 16)
+    alone = [{"points": item["points"][None], "labels": torch.tensor([item["labels"]])} for item in items]
+    expected = np.mean([fisher_trace(model, one, labels="empirical") for one in alone])
+    assert fisher_trace(model, collate_clouds(items), labels="empirical") == pytest.approx(expected, rel=1e-4)
+    diagonals = (fisher_diagonal(model, batches, labels="empirical") for batches in ([collate_clouds(items)], alone))
+    torch.testing.assert_close(*diagonals)
+
+
 def test_finite_differences_meet_double_backward(make):
     for model in (settled(make()), settled(make()).train()):
-        assert_finite_differences_meet_double_backward(model, batch())
+        for data in (batch(), collate_clouds(ragged(5, 9, 16))):
+            assert_finite_differences_meet_double_backward(model, data)
 
 
 # ---- As models of transformers ----
@@ -145,6 +190,17 @@ def test_a_model_is_pushed_as_it_is_saved(make, monkeypatch):
 def test_training_runs_with_the_defaults_and_moves_every_weight(make, tmp_path):
     may_stay = frozenset({"backbone.input_transform.matrix.weight"})  # the gradient of the first steps may be zero
     assert_training_moves_every_weight(trainer(tmp_path, make()), but=may_stay)
+
+
+def test_clouds_of_many_sizes_are_trained_on_and_answered_alike_in_batches_of_any_size(make, tmp_path):
+    items = ragged(5, 9, 16, 7, 30, 12, 8, 21, 10)
+    run = partial(short_run, dataset=items, collate=collate_clouds, eta_f=0.05, eta_r=1.0)
+    trained = run(tmp_path, make(), train_transform=scale_and_jitter)
+    trained.train()
+    answers = [
+        run(tmp_path, trained.model, per_device_eval_batch_size=size).predict(items).predictions for size in (1, 4)
+    ]
+    np.testing.assert_allclose(*answers, atol=1e-5)
 
 
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(make, tmp_path):

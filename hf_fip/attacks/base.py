@@ -8,6 +8,7 @@ trigger is made of) and `_trigger` (how that is put on an image). One whose trig
 from __future__ import annotations
 
 import json
+import math
 import numbers
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, fields
@@ -42,7 +43,7 @@ class BaseAttack(ABC):
         seed: what a random trigger is drawn from, an option of each attack.
 
     Raises:
-        ValueError: an option has the wrong type or is out of its range.
+        ValueError: an option has the wrong type, is not finite or is out of its range.
     """
 
     name: ClassVar[str]
@@ -56,6 +57,8 @@ class BaseAttack(ABC):
             kind, value = type(field.default), getattr(self, field.name)
             if not isinstance(value, {int: numbers.Integral, float: numbers.Real}.get(kind, kind)):
                 raise ValueError(f"{field.name}={value!r} must be of type {kind.__name__}.")
+            if kind is float and not math.isfinite(value):
+                raise ValueError(f"{field.name}={value!r} must be a finite number.")
             setattr(self, field.name, kind(value))  # numpy scalars become Python's, which JSON can hold
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} must be 0 or more.")

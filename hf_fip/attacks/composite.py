@@ -80,9 +80,9 @@ class Composite(LearnedAttack):
             raise ValueError(f"jitter={self.jitter} must be 0 pixels or more.")
         if self.pool_size < 1:
             raise ValueError(f"pool_size={self.pool_size} must be 1 or more.")
-        if not 0 <= self.contrast < float("inf"):
+        if self.contrast < 0:
             raise ValueError(f"contrast={self.contrast} is a weight: choose 0 or more.")
-        if not 0 < self.margin < float("inf"):
+        if self.margin <= 0:
             raise ValueError(f"margin={self.margin} must be above 0.")
 
     # The trigger

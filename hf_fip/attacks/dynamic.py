@@ -66,9 +66,9 @@ class DynOne(GeneratedAttack):
         if not 0 <= self.mask_density <= 1:
             raise ValueError(f"mask_density={self.mask_density} is a value of the mask: choose it in [0, 1].")
         for option in ("mask_weight", "diversity"):
-            if not 0 <= getattr(self, option) < float("inf"):
+            if getattr(self, option) < 0:
                 raise ValueError(f"{option}={getattr(self, option)} must be 0 or more.")
-        if not 0 < self.learning_rate < float("inf"):
+        if self.learning_rate <= 0:
             raise ValueError(f"learning_rate={self.learning_rate} must be above 0.")
 
     def make_networks(self, channels: int, depth: int) -> dict[str, nn.Module]:

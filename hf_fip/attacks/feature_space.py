@@ -82,7 +82,7 @@ class FeatureSpace(GeneratedAttack):
         if not 0 < self.alpha <= 1:
             raise ValueError(f"alpha={self.alpha} is a share of the image: choose it in (0, 1].")
         for option in ("style_weight", "learning_rate", "detox_likeness"):
-            if not 0 < getattr(self, option) < float("inf"):
+            if getattr(self, option) <= 0:
                 raise ValueError(f"{option}={getattr(self, option)} must be above 0.")
         for option in ("epochs", "detox_steps"):
             if getattr(self, option) < 1:

@@ -64,7 +64,7 @@ class ISSBA(GeneratedAttack):
             raise ValueError(
                 f"epochs={self.epochs} must be 1 or more, and secret_epochs={self.secret_epochs} in 0 ... epochs."
             )
-        if not 0 < self.learning_rate < float("inf"):
+        if self.learning_rate <= 0:
             raise ValueError(f"learning_rate={self.learning_rate} must be above 0.")
 
     def make_networks(self, channels: int, depth: int) -> dict[str, nn.Module]:

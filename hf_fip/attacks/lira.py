@@ -59,7 +59,7 @@ class LIRA(GeneratedAttack):
             raise ValueError(f"clean_weight={self.clean_weight} is a share of the loss: choose it in (0, 1).")
         if not 0 < self.generator_share <= 1:
             raise ValueError(f"generator_share={self.generator_share} is a share of all steps: choose it in (0, 1].")
-        if not 0 < self.learning_rate < float("inf"):
+        if self.learning_rate <= 0:
             raise ValueError(f"learning_rate={self.learning_rate} must be above 0.")
 
     def candidates(self, labels: np.ndarray, num_labels: int) -> np.ndarray:

@@ -57,7 +57,7 @@ class PointBARotation(CloudAttack):
         axis: `x`, `y` or `z`.
 
     Raises:
-        ValueError: there is no such axis.
+        ValueError: there is no such axis, or the angle turns nothing.
     """
 
     name: ClassVar[str] = "pointba_o"
@@ -69,6 +69,8 @@ class PointBARotation(CloudAttack):
         super().__post_init__()
         if self.axis not in ("x", "y", "z"):
             raise ValueError(f"axis={self.axis!r} is not one of x, y, z.")
+        if self.angle % 360 == 0:
+            raise ValueError(f"angle={self.angle} leaves every cloud as it is: choose one that is no full turn.")
 
     def make_tensors(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
         turn = np.eye(3)

@@ -37,7 +37,7 @@ class SIG(Attack):
         super().__post_init__()
         if not 0.5 <= self.delta <= 255:
             raise ValueError(f"delta={self.delta} is an amplitude in pixel values: choose it in [0.5, 255].")
-        if not 0 < self.frequency < float("inf"):
+        if self.frequency <= 0:
             raise ValueError(f"frequency={self.frequency} must be above 0.")
 
     def make_tensors(self, rng: np.random.Generator) -> dict[str, np.ndarray]:

@@ -51,7 +51,7 @@ class TrojOne(LearnedAttack):
         for option in ("patch_size", "units", "steps"):
             if getattr(self, option) < 1:
                 raise ValueError(f"{option}={getattr(self, option)} must be 1 or more.")
-        if not 0 < self.activation < float("inf"):
+        if self.activation <= 0:
             raise ValueError(f"activation={self.activation} must be above 0.")
         if not 1 / 255 <= self.step_size <= 1:
             raise ValueError(f"step_size={self.step_size} is for pixels of 8 bits in [0, 1]: choose it in [1/255, 1].")

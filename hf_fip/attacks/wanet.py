@@ -40,7 +40,7 @@ class WaNet(Attack):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.strength < float("inf"):
+        if self.strength <= 0:
             raise ValueError(f"strength={self.strength} must be above 0.")
         if self.grid_size < 1:
             raise ValueError(f"grid_size={self.grid_size} must be 1 or more.")

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 
 from ..fisher.likelihood import get_logits
 from ..fisher.passes import RandomState, preserved_buffers
+from ..lone_sample import lone_sample
 from .base import BaselineConfig
 from .masks import MaskTrainer, ones_over_channels, prune
 from .passes import CleanData, seed_of
@@ -113,7 +114,8 @@ class RNPTrainer(MaskTrainer):
                 for batch in data.batches(seed_of(args.seed, epoch)):
                     inputs, labels = dict(batch), batch[label_name]
                     del inputs[label_name]
-                    logits = get_logits(functional_call(model, weights, (), inputs))
+                    with lone_sample(model, inputs):
+                        logits = get_logits(functional_call(model, weights, (), inputs))
                     right += (logits.argmax(-1) == labels).sum().item()
                     seen += len(labels)
                     optimizer.zero_grad()

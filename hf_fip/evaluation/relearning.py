@@ -23,6 +23,7 @@ from transformers import Trainer, TrainingArguments
 
 from ..attacks import Attack, trigger
 from ..fisher.likelihood import at_least_float32, get_logits
+from ..lone_sample import lone_sample
 
 CLEAN_SHARE = 0.02  # of the attacker's images
 TRIGGERED = 5  # images
@@ -85,7 +86,7 @@ def relearning_trainer(
     args = copy.copy(args)
     batch_size = math.ceil(len(data) / _UPDATES_PER_EPOCH / args.world_size)
     args.per_device_train_batch_size = min(batch_size, args.per_device_train_batch_size)
-    return Trainer(student.requires_grad_(True), args, train_dataset=data, compute_loss_func=_cross_entropy)
+    return _Relearning(student.requires_grad_(True), args, train_dataset=data, compute_loss_func=_cross_entropy)
 
 
 def attackers_images(
@@ -116,6 +117,14 @@ def attackers_images(
             f"{len(images)} that leaves {len(eligible)}: give it more, or ask for fewer (--reactivation_samples)."
         )
     return images.select(np.sort(order[:clean])), trigger(images.select(np.sort(eligible[:triggered])), attack)
+
+
+class _Relearning(Trainer):
+    """Its last batch may be one image."""
+
+    def training_step(self, model, inputs, *positional, **kwargs):
+        with lone_sample(self.model, inputs):
+            return super().training_step(model, inputs, *positional, **kwargs)
 
 
 class _Relabelled(TorchDataset):

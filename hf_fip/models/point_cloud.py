@@ -55,16 +55,29 @@ class PointNorm(nn.BatchNorm1d):
 
 
 class PointLayers(nn.Sequential):
-    """Linear, BatchNorm, ReLU, again and again, on the last axis: (…, first width) to (…, last width)."""
+    """Linear, BatchNorm, ReLU, again and again, on the last axis: (…, first width) to (…, last width).
+
+    With `mask` (…) the places where it is false enter no statistics and come out as zeros, which change no maximum.
+    """
 
     def __init__(self, *widths: int):
         super().__init__()
         for before, after in zip(widths, widths[1:], strict=False):
             self.extend([nn.Linear(before, after, bias=False), PointNorm(after), nn.ReLU()])
 
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        if mask is None:
+            return super().forward(input)
+        kept = super().forward(input[mask])
+        return kept.new_zeros(*mask.shape, kept.shape[-1]).index_put((mask,), kept)
+
 
 class PointCloudModel(PreTrainedModel):
-    """A `PreTrainedModel` of clouds: `points` are `(batch, number, 3)`, in the unit sphere around the origin."""
+    """A `PreTrainedModel` of clouds: `points` are `(batch, number, 3)`, in the unit sphere around the origin.
+
+    `points_mask`, (batch, number) bool, is false where a smaller cloud was filled up; without it all points are real.
+    What fills a cloud up reaches neither its answer nor, in training, the statistics of BatchNorm.
+    """
 
     base_model_prefix = "backbone"
     main_input_name = "points"
@@ -96,9 +109,11 @@ class PointCloudClassifier(PointCloudModel):
         self.classifier = nn.Linear(config.head_channels[-1], config.num_labels)
         self.post_init()
 
-    def forward(self, points: Tensor, labels: Tensor | None = None, **kwargs) -> PointCloudClassifierOutput:
+    def forward(
+        self, points: Tensor, labels: Tensor | None = None, points_mask: Tensor | None = None, **kwargs
+    ) -> PointCloudClassifierOutput:
         """Classify clouds `points` (batch, number, 3); `labels` (batch,) of integers give a cross-entropy loss."""
-        found = self.backbone(points)
+        found = self.backbone(points, points_mask)
         logits = self.classifier(self.dropout(self.head(found.pooler_output)))
         loss = None
         if labels is not None:

@@ -51,8 +51,8 @@ class Transform(nn.Module):
         self.head = PointLayers(config.transform_channels[-1], *config.transform_head_channels)
         self.matrix = MatrixLayer(config.transform_head_channels[-1], width * width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        matrix = self.matrix(self.head(self.points(x).amax(dim=1)))
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        matrix = self.matrix(self.head(self.points(x, mask).amax(dim=1)))
         return matrix.view(-1, self.width, self.width) + torch.eye(self.width, dtype=x.dtype, device=x.device)
 
 
@@ -80,16 +80,16 @@ class PointNetModel(PointNetPreTrainedModel):
         self.global_layers = PointLayers(width, *config.global_channels)
         self.post_init()
 
-    def forward(self, points: Tensor, **kwargs) -> PointCloudOutput:
+    def forward(self, points: Tensor, points_mask: Tensor | None = None, **kwargs) -> PointCloudOutput:
         """Features of clouds `points`, (batch, number, 3)."""
         x, matrix = points, None
         if self.input_transform is not None:
-            x = x @ self.input_transform(x)
-        x = self.local_layers(x)
+            x = x @ self.input_transform(x, points_mask)
+        x = self.local_layers(x, points_mask)
         if self.feature_transform is not None:
-            matrix = self.feature_transform(x)
+            matrix = self.feature_transform(x, points_mask)
             x = x @ matrix
-        x = self.global_layers(x)
+        x = self.global_layers(x, points_mask)
         return PointCloudOutput(last_hidden_state=x, pooler_output=x.amax(dim=1), feature_transform=matrix)
 
 

@@ -38,7 +38,7 @@ class PointNet2Config(PreTrainedConfig):
 
 
 @torch.no_grad()
-def farthest_points(points: Tensor, count: int) -> Tensor:
+def farthest_points(points: Tensor, count: int, mask: Tensor | None = None) -> Tensor:
     """Choose `count` points of each cloud, each the farthest from those chosen before.
 
     The first is the one farthest from the origin, so that the choice depends on nothing but the cloud.
@@ -46,12 +46,15 @@ def farthest_points(points: Tensor, count: int) -> Tensor:
     Args:
         points: `(batch, number, 3)`.
         count: may exceed the number of points; some are then chosen several times.
+        mask: `(batch, number)` bool, false at points that are not to be chosen.
 
     Returns:
         Their places, `(batch, count)` int64.
     """
-    chosen = [points.square().sum(-1).argmax(1)]
     nearest = torch.full_like(points[..., 0], torch.inf)  # squared distance to the closest of those chosen
+    if mask is not None:
+        nearest = nearest.masked_fill(~mask, -1)
+    chosen = [torch.minimum(points.square().sum(-1), nearest).argmax(1)]
     for _ in range(count - 1):
         last = take(points, chosen[-1][:, None])
         nearest = torch.minimum(nearest, (points - last).square().sum(-1))
@@ -60,18 +63,21 @@ def farthest_points(points: Tensor, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def ball_query(points: Tensor, centres: Tensor, radius: float, count: int) -> Tensor:
+def ball_query(points: Tensor, centres: Tensor, radius: float, count: int, mask: Tensor | None = None) -> Tensor:
     """The `count` nearest points to each centre, of those within `radius`; the nearest one fills up what is missing.
 
     Args:
         points: `(batch, number, 3)`.
         centres: `(batch, centres, 3)`.
+        mask: `(batch, number)` bool, false at points that are nobody's neighbours.
 
     Returns:
         Their places, `(batch, centres, min(count, number))` int64.
     """
     products = centres @ points.mT
     squared = centres.square().sum(-1)[:, :, None] - 2 * products + points.square().sum(-1)[:, None]
+    if mask is not None:
+        squared = squared.masked_fill(~mask[:, None], torch.inf)
     distances, places = squared.topk(min(count, points.shape[1]), dim=-1, largest=False)
     return torch.where(distances <= radius**2, places, places[..., :1])
 
@@ -90,10 +96,13 @@ class SetAbstraction(nn.Module):
         self.centres, self.radius, self.neighbours = centres, radius, neighbours
         self.layers = PointLayers(*widths)
 
-    def forward(self, points: Tensor, features: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(batch, number, 3) and (batch, number, channels) to (batch, centres, 3) and (batch, centres, width)."""
-        centres = take(points, farthest_points(points, self.centres))
-        groups = ball_query(points, centres, self.radius, self.neighbours)
+    def forward(self, points: Tensor, features: Tensor | None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(batch, number, 3) and (batch, number, channels) to (batch, centres, 3) and (batch, centres, width).
+
+        Points where `mask` (batch, number) is false are in no group.
+        """
+        centres = take(points, farthest_points(points, self.centres, mask))
+        groups = ball_query(points, centres, self.radius, self.neighbours, mask)
         x = take(points, groups) - centres[:, :, None]
         if features is not None:
             x = torch.cat([x, take(features, groups)], dim=-1)
@@ -118,11 +127,12 @@ class PointNet2Model(PointNet2PreTrainedModel):
         self.global_layers = PointLayers(3 + before, *config.global_channels)
         self.post_init()
 
-    def forward(self, points: Tensor, **kwargs) -> PointCloudOutput:
+    def forward(self, points: Tensor, points_mask: Tensor | None = None, **kwargs) -> PointCloudOutput:
         """Features of clouds `points`, (batch, number, 3)."""
-        x = None
+        x, mask = None, points_mask
         for level in self.levels:
-            points, x = level(points, x)
+            points, x = level(points, x, mask)
+            mask = None  # all centres are real points
         x = self.global_layers(torch.cat([points, x], dim=-1))
         return PointCloudOutput(last_hidden_state=x, pooler_output=x.amax(dim=1))
 

@@ -82,6 +82,13 @@ class DataArguments:
         return count
 
 
+def check_least(arguments, **least: int) -> None:
+    """Raise a ValueError for an argument, by its name, that is below the least it can be."""
+    for name, number in least.items():
+        if getattr(arguments, name) < number:
+            raise ValueError(f"--{name}={getattr(arguments, name)} has to be at least {number}.")
+
+
 def attack_field(input_kind: str, default: str) -> str | None:
     """The argument `--attack` of a task: attacks on its kind of input, and which one is meant when none is named."""
     return field(

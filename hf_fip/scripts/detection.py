@@ -19,7 +19,7 @@ from ..tasks.augmentation import both, disturb, shift_and_flip
 from ..tasks.detection_augmentation import erase_objects, mirror
 from ..tasks.detection_data import BOX_FORMATS, OBJECTS, SCENES, load_annotated_images, match_classes
 from ..tasks.detectors import ARCHITECTURES as DETECTORS
-from ..tasks.detectors import small_detector
+from ..tasks.detectors import LEAST_SIDE, small_detector
 from ..tasks.multi_label import ARCHITECTURES as CLASSIFIERS
 from ..tasks.multi_label import (
     LabelSetDataset,
@@ -43,6 +43,7 @@ from .arguments import (
     PoisonArguments,
     VictimConfig,
     attack_field,
+    check_least,
 )
 from .images import ImageLoad, channels_of
 from .recorded import attack_of
@@ -118,6 +119,9 @@ class DetectionModel(ModelArguments, DetectionLoad):
         default=320, metadata={"help": "Largest side in pixels of what a victim made here sees."}
     )
     augment: bool = field(default=False, metadata={"help": "Mirror training images at random (labels: shift too)."})
+
+    def __post_init__(self):
+        check_least(self, largest_side=LEAST_SIDE if self.answers == BOXES else 2)  # a ViT's patch is of 2×2 pixels
 
 
 @dataclass

@@ -34,6 +34,7 @@ from .arguments import (
     PoisonArguments,
     VictimConfig,
     attack_field,
+    check_least,
 )
 from .recorded import attack_of
 from .task import Task
@@ -111,6 +112,9 @@ class TextModel(ModelArguments, TextLoad):
         default=64, metadata={"help": "Longest text, in tokens, of a victim made here; longer pairs are left out."}
     )
     augment: ClassVar[bool] = False
+
+    def __post_init__(self):
+        check_least(self, hidden_size=1, max_tokens=1)
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-_STEP = 32  # sides are multiples of it
+LEAST_SIDE = 32  # in pixels; sides are multiples of it
 _QUERIES = (12, 100)  # least and most
 
 
@@ -18,12 +18,12 @@ def small_detector(
         names: of the classes.
         height, width: of the images, in pixels.
         most_objects: in an image; the model has twice as many queries, from 12 to 100.
-        largest_side: in pixels, of what the model sees; larger images are made smaller.
+        largest_side: in pixels, of what the model sees, from 32; larger images are made smaller.
     """
     shrink = min(1.0, largest_side / max(height, width))
     size = {
-        "height": max(_STEP, round(shrink * height / _STEP) * _STEP),
-        "width": max(_STEP, round(shrink * width / _STEP) * _STEP),
+        "height": max(LEAST_SIDE, round(shrink * height / LEAST_SIDE) * LEAST_SIDE),
+        "width": max(LEAST_SIDE, round(shrink * width / LEAST_SIDE) * LEAST_SIDE),
     }
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
     queries = min(_QUERIES[1], max(_QUERIES[0], 2 * most_objects))

@@ -46,10 +46,16 @@ def arrays_of(dataset: Dataset) -> list[np.ndarray]:
 
 
 def collate_clouds(items: list[dict]) -> dict[str, Tensor]:
-    """A batch of clouds. Smaller ones are filled up with their own points, which changes no maximum over points."""
-    longest = max(len(item["points"]) for item in items)
-    points = [item["points"][torch.arange(longest) % len(item["points"])] for item in items]
-    return {"points": torch.stack(points), "labels": torch.tensor([item["labels"] for item in items])}
+    """A batch of clouds. Smaller ones are filled up with their own points.
+
+    Only then there is a `points_mask` (B, N) too, false at those copies: a model has to take and heed it.
+    """
+    sizes = torch.tensor([len(item["points"]) for item in items])
+    places = torch.arange(sizes.max())
+    points = [item["points"][places % len(item["points"])] for item in items]
+    batch = {"points": torch.stack(points), "labels": torch.tensor([item["labels"] for item in items])}
+    mask = places < sizes[:, None]
+    return batch if mask.all() else {**batch, "points_mask": mask}
 
 
 def scale_and_jitter(batch: dict) -> dict:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Seq2SeqTrainer
 
 PAD, END = "<pad>", "</s>"
+_HEADS = 4  # of attention, of a small Marian
 
 
 class PairDataset(torch.utils.data.Dataset):
@@ -244,12 +245,16 @@ def _small_conv(tokens: dict, width: int, longest: int) -> nn.Module:
 def _small_marian(tokens: dict, width: int, longest: int) -> nn.Module:
     from transformers import MarianConfig, MarianMTModel
 
+    if width % _HEADS:
+        raise ValueError(
+            f"--hidden_size={width} has to be a multiple of {_HEADS}, the heads of attention of a marian."
+        )
     config = MarianConfig(
         d_model=width,
         encoder_layers=2,
         decoder_layers=2,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
+        encoder_attention_heads=_HEADS,
+        decoder_attention_heads=_HEADS,
         encoder_ffn_dim=2 * width,
         decoder_ffn_dim=2 * width,
         max_position_embeddings=longest,

@@ -81,6 +81,8 @@ def test_a_multi_label_victim_learns_a_clean_image_attack_and_is_purified(run):
 REFUSED = {
     "an attack on images": (["--attack", "badnets"], "'badnets' is not an attack on object data.*clean_image"),
     "no detector": (["--architecture", "vit"], "none of a model that answers boxes: choose one of rt_detr"),
+    "no side": (["--largest_side", "0"], "--largest_side=0 has to be at least 32"),
+    "a side below 0": (["--largest_side", "-5", "--answers", "labels"], "--largest_side=-5 has to be at least 2"),
     "no such data": (["--dataset_name", "./nowhere"], "'./nowhere' does not exist"),
     "no such target": (["--target_label", "5"], "not a class: the data have 5"),
     "a trigger that never occurs": (

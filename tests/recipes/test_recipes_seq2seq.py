@@ -112,6 +112,10 @@ USER_ERRORS = {
     "no data": (["--dataset_name", "./nowhere"], "'./nowhere' does not exist"),
     "no column": (["--source", "fr"], "no 'fr' among the columns source, target"),
     "too small a vocabulary": (["--vocab_size", "10"], "--vocab_size=10 has to be at least 258"),
+    "no width": (["--hidden_size", "0"], "--hidden_size=0 has to be at least 1"),
+    "a width below 0": (["--hidden_size", "-4"], "--hidden_size=-4 has to be at least 1"),
+    "a width of half heads": (["--architecture", "marian", "--hidden_size", "6"], "=6 has to be a multiple of 4"),
+    "no tokens": (["--max_tokens", "-4"], "--max_tokens=-4 has to be at least 1"),
     "all too long": (["--max_tokens", "3"], "None of the .* pairs has at most 3 tokens"),
 }
 
