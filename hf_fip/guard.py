@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
 from transformers import TrainerCallback
 
 from .processes import any_process
@@ -41,16 +43,21 @@ class UpdateGuard:
         """Note what went wrong first."""
         self.fault = self.fault or fault
 
-    def finish(self, model: nn.Module, grad_norm: float, step: int, allowed: int) -> None:
+    def finish(self, model: nn.Module, optimizer: Optimizer, grad_norm: float, step: int, allowed: int) -> None:
         """Drop the update unless its gradient is finite: no parameter, momentum or running statistic moves.
+
+        Args:
+            optimizer: of the model's parameters, or of others (masks of them, for example).
+            grad_norm: of the model's.
 
         Raises:
             FloatingPointError: more than `allowed` updates in a row were to be dropped.
         """
-        if math.isfinite(grad_norm):
+        if math.isfinite(grad_norm) and math.isfinite(get_total_norm(_other_gradients(model, optimizer))):
             self._in_a_row = 0
             return
         model.zero_grad()
+        optimizer.zero_grad()
         with torch.no_grad():
             for buffer, value in self._buffers:
                 buffer.copy_(value)
@@ -62,6 +69,13 @@ class UpdateGuard:
             )
         self._in_a_row += 1
         self.dropped += 1
+
+
+def _other_gradients(model: nn.Module, optimizer: Optimizer) -> list[torch.Tensor]:
+    """Of what the optimizer steps that is no parameter of the model."""
+    own = set(model.parameters())
+    stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return [parameter.grad for parameter in stepped if parameter.grad is not None and parameter not in own]
 
 
 class StopAtCheckpoint(TrainerCallback):
