@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -81,11 +82,14 @@ def _other_gradients(model: nn.Module, optimizer: Optimizer) -> list[torch.Tenso
 class StopAtCheckpoint(TrainerCallback):
     """On Ctrl-C or SIGTERM: the update is finished, a checkpoint is written, and then the signal has its effect.
 
-    A signal to one process ends all of them at the same update. A second signal has its effect at once.
+    A signal to one process ends all of them at the same update. A second signal has its effect at once. A training
+    within another one is finished: the outer one listens for both.
 
     Attributes:
         received: the signal, or None.
     """
+
+    _one_listens: ClassVar[bool] = False
 
     def __init__(self):
         self.received: int | None = None
@@ -94,15 +98,18 @@ class StopAtCheckpoint(TrainerCallback):
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Note signals in place of what is usually done on them; then do that."""
-        if threading.current_thread() is not threading.main_thread():  # which alone may listen
+        self.received = None
+        is_main = threading.current_thread() is threading.main_thread()  # which alone may listen
+        if not is_main or StopAtCheckpoint._one_listens:
             yield
             return
-        self.received = None
         heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as under nohup
         self._found = {number: signal.signal(number, self._note) for number in heard}
+        StopAtCheckpoint._one_listens = True
         try:
             yield
         finally:
+            StopAtCheckpoint._one_listens = False
             self._restore()
         if self.received is not None:
             signal.raise_signal(self.received)

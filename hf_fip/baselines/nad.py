@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +59,8 @@ class NADTrainer(FineTuningTrainer):
     has the weights of the highest ones.
 
     The teacher has the settings of the student, and `teacher_epochs`. It stays in eval mode, and is in each
-    checkpoint. Logs `attention_distance`, the sum above.
+    checkpoint: on Ctrl-C or SIGTERM while it is fine-tuned, the first one is written after the student's first update.
+    Logs `attention_distance`, the sum above.
 
     Raises:
         ValueError: the model has no stages; with `compute_loss_func`.
@@ -82,15 +84,16 @@ class NADTrainer(FineTuningTrainer):
         args.save_strategy = args.eval_strategy = args.logging_strategy = "no"
         args.eval_on_start = args.load_best_model_at_end = args.push_to_hub = False
         args.report_to = []
-        trainer = FineTuningTrainer(
-            copy.deepcopy(self.model),
-            args,
-            self.data_collator,
-            self.train_dataset,
-            train_transform=self._train_transform,
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        with TemporaryDirectory() as args.output_dir:
+            trainer = FineTuningTrainer(
+                copy.deepcopy(self.model),
+                args,
+                self.data_collator,
+                self.train_dataset,
+                train_transform=self._train_transform,
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
         self.kept = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
 
     def _set_up(self) -> None:
