@@ -137,7 +137,7 @@ def frozen_norms():
 @pytest.mark.parametrize(
     ("name", "model", "message"),
     [
-        ("nad", PlainNet(), "ModuleList"),
+        ("nad", PlainNet(), "PlainNet has none"),
         ("fst", nn.Conv2d(1, 3, 3), "end in an nn.Linear"),
         ("fst", frozen_head(), "unfreeze"),
         ("nft", nn.Conv2d(1, 3, 3), "end in an nn.Linear"),

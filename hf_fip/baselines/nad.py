@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from tempfile import TemporaryDirectory
 
 import torch
@@ -20,6 +21,7 @@ from transformers import PrinterCallback
 from .fine_tuning import FineTuningConfig, FineTuningTrainer
 
 _STAGES = 3  # whose attention is distilled
+_POOLINGS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 
 
 @dataclass
@@ -28,8 +30,8 @@ class NADConfig(FineTuningConfig):
 
     Those of `ft`, but 10 epochs for the student as for the teacher (its `te_epochs`; its configuration's 100 `epochs`
     are never read), and a constant rate: the program's own steps leave 0.01 only after epoch 20. Weight decay is its
-    `wd`; its `weight_decay` of 0.0001 is never read. A departure: the teacher's rate falls there by 2 %, on a cosine of
-    100 epochs.
+    `wd`; its `weight_decay` of 0.0001 is never read. A departure: its teacher's rate falls by 2 %, on a cosine of 100
+    epochs.
 
     Raises:
         ValueError: a weight is negative, `attention_power` is not positive, or `teacher_epochs` is not.
@@ -126,18 +128,37 @@ def stages_of(model: nn.Module) -> list[nn.Module]:
     """The stages that are compared, low to high: the entries at a third, two thirds and the end of the model's stack.
 
     The stack is its first `nn.ModuleList` outside of any other: `stages` of a ResNet or ConvNeXt, `layers` of a ViT
-    or Swin.
+    or Swin. In a network without one it is its `nn.Sequential`s side by side that have convolutions: `layer1`,
+    `layer2`, … of other ResNets. Where there is one alone (`features` of a VGG), it is what comes before each pooling
+    in it, or, without pooling, its entries that have convolutions.
 
     Raises:
         ValueError: there is none.
     """
-    stack = next((module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)), None)
-    if stack is None:
+    lists = (list(module) for module in model.modules() if isinstance(module, nn.ModuleList))
+    stack = next(filter(None, lists), None) or _sequential_stages(model)
+    if not stack:
         raise ValueError(
-            f"NAD compares the stages of a model, and {type(model).__name__} has no nn.ModuleList of them."
+            f"NAD compares the stages of a model, and {type(model).__name__} has none: no nn.ModuleList, and no "
+            "nn.Sequential with two convolutions or more."
         )
     ends = sorted({math.ceil(len(stack) * part / _STAGES) for part in range(1, _STAGES + 1)})
     return [stack[end - 1] for end in ends]
+
+
+def _sequential_stages(model: nn.Module) -> list[nn.Module]:
+    body, parts = model, [model]
+    while len(parts) == 1:  # one that wraps the rest
+        body, parts = parts[0], [child for child in parts[0].children() if _convolves(child)]
+    sequences = [body] if isinstance(body, nn.Sequential) else [p for p in parts if isinstance(p, nn.Sequential)]
+    if len(sequences) != 1:
+        return sequences
+    pooled = [layer for layer, after in pairwise(sequences[0]) if isinstance(after, _POOLINGS)]
+    return pooled or [layer for layer in sequences[0] if _convolves(layer)]
+
+
+def _convolves(module: nn.Module) -> bool:
+    return any(isinstance(inner, nn.Conv2d) for inner in module.modules())
 
 
 @contextmanager
