@@ -7,9 +7,12 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 from torch import nn
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
 from transformers import TrainerCallback
 
 from .processes import any_process
@@ -41,16 +44,21 @@ class UpdateGuard:
         """Note what went wrong first."""
         self.fault = self.fault or fault
 
-    def finish(self, model: nn.Module, grad_norm: float, step: int, allowed: int) -> None:
+    def finish(self, model: nn.Module, optimizer: Optimizer, grad_norm: float, step: int, allowed: int) -> None:
         """Drop the update unless its gradient is finite: no parameter, momentum or running statistic moves.
+
+        Args:
+            optimizer: of the model's parameters, or of others (masks of them, for example).
+            grad_norm: of the model's.
 
         Raises:
             FloatingPointError: more than `allowed` updates in a row were to be dropped.
         """
-        if math.isfinite(grad_norm):
+        if math.isfinite(grad_norm) and math.isfinite(get_total_norm(_other_gradients(model, optimizer))):
             self._in_a_row = 0
             return
         model.zero_grad()
+        optimizer.zero_grad()
         with torch.no_grad():
             for buffer, value in self._buffers:
                 buffer.copy_(value)
@@ -64,14 +72,24 @@ class UpdateGuard:
         self.dropped += 1
 
 
+def _other_gradients(model: nn.Module, optimizer: Optimizer) -> list[torch.Tensor]:
+    """Of what the optimizer steps that is no parameter of the model."""
+    own = set(model.parameters())
+    stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return [parameter.grad for parameter in stepped if parameter.grad is not None and parameter not in own]
+
+
 class StopAtCheckpoint(TrainerCallback):
     """On Ctrl-C or SIGTERM: the update is finished, a checkpoint is written, and then the signal has its effect.
 
-    A signal to one process ends all of them at the same update. A second signal has its effect at once.
+    A signal to one process ends all of them at the same update. A second signal has its effect at once. A training
+    within another one is finished: the outer one listens for both.
 
     Attributes:
         received: the signal, or None.
     """
+
+    _one_listens: ClassVar[bool] = False
 
     def __init__(self):
         self.received: int | None = None
@@ -80,15 +98,18 @@ class StopAtCheckpoint(TrainerCallback):
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Note signals in place of what is usually done on them; then do that."""
-        if threading.current_thread() is not threading.main_thread():  # which alone may listen
+        self.received = None
+        is_main = threading.current_thread() is threading.main_thread()  # which alone may listen
+        if not is_main or StopAtCheckpoint._one_listens:
             yield
             return
-        self.received = None
         heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as under nohup
         self._found = {number: signal.signal(number, self._note) for number in heard}
+        StopAtCheckpoint._one_listens = True
         try:
             yield
         finally:
+            StopAtCheckpoint._one_listens = False
             self._restore()
         if self.received is not None:
             signal.raise_signal(self.received)

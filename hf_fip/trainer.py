@@ -208,7 +208,8 @@ class FIPMixin(SealedEvaluation, Publishing, ShardedTraining):
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
         if self._loss_scale() == 1.0:  # else float16's scaler skips such updates
-            self._guard.finish(model, float(norm), self.state.global_step, self.args.max_dropped_updates)
+            allowed = self.args.max_dropped_updates
+            self._guard.finish(model, self.optimizer, float(norm), self.state.global_step, allowed)
         return norm
 
     def _loss_rise(self) -> float:

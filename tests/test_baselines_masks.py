@@ -1,5 +1,6 @@
 """The methods that learn masks: the received model untouched until the end, resume, refusals, channels."""
 
+import math
 import shutil
 from functools import partial
 
@@ -54,6 +55,44 @@ def test_masks_begin_at_one_move_and_stay_in_the_unit_interval(name, tmp_path):
     values = torch.cat([mask.flatten() for masks in watch.masks for mask in masks.values()])
     assert values.min() == 0.0 and values.max() == 1.0
     assert ((values > 0) & (values < 1)).any()
+
+
+class KeptMasks(TrainerCallback):
+    """The masks after each update, of NFT too."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        masks = {name: tensor for name, tensor in self.trainer.kept.items() if name.startswith("mask.")}
+        self.seen.append({name: mask.detach().clone() for name, mask in masks.items()})
+
+
+@pytest.mark.parametrize("name", [*METHODS, "nft"])
+@pytest.mark.parametrize("optim", ["sgd", "adamw_torch"])
+def test_a_bad_batch_costs_one_update_of_the_masks(name, optim, tmp_path):
+    def spoil(batch):
+        factor = math.nan if trainer.state.global_step == 2 else 1.0
+        return {**batch, "pixel_values": batch["pixel_values"] * factor}
+
+    kept = KeptMasks()
+    trainer = kept.trainer = trainer_of(name, tmp_path, resnet(), train_transform=spoil, callbacks=[kept], optim=optim)
+    trainer.train()
+    assert not identical(kept.seen[0], kept.seen[1]) and not identical(kept.seen[2], kept.seen[3])
+    assert identical(kept.seen[1], kept.seen[2])
+    assert all(mask.isfinite().all() for mask in kept.seen[3].values())
+    assert logged(trainer, "dropped_updates")[-1] == 1
+
+
+@pytest.mark.parametrize("name", [*METHODS, "nft"])
+def test_too_many_bad_batches_end_the_run_with_the_model_as_it_was_received(name, tmp_path):
+    model, data = resnet(), Images()
+    received = weights(model)
+    data.pixels[:] = math.nan
+    trainer = trainer_of(name, tmp_path, model, train_dataset=data, max_dropped_updates=2)
+    with pytest.raises(FloatingPointError, match=r"^The loss is nan at step 2, as in the 2 updates before"):
+        trainer.train()
+    assert identical(weights(model), received)
 
 
 SAVING = {"save_strategy": "steps", "save_steps": 1}

@@ -69,7 +69,8 @@ def test_a_loss_scale_cancels(name, tmp_path):
     [
         ("ft", {"learning_rate": 0.01, "weight_decay": 5e-4, "num_train_epochs": 100}),
         ("ft_sam", {"learning_rate": 0.01, "weight_decay": 5e-4, "rho": 2.0, "label_smoothing_factor": 0.1}),
-        ("nad", {"learning_rate": 0.01, "weight_decay": 1e-4, "beta_low": 500, "beta_high": 1000}),
+        ("nad", {"learning_rate": 0.01, "weight_decay": 5e-4, "beta_low": 500, "beta_high": 1000}),
+        ("nad", {"lr_scheduler_type": "constant", "num_train_epochs": 10, "teacher_epochs": 10}),
         ("fst", {"learning_rate": 0.01, "weight_decay": 0.0, "num_train_epochs": 10, "alpha": 0.2}),
         ("nft", {"learning_rate": 0.05, "optim_args": "momentum=0.95", "max_steps": 1000}),
     ],
@@ -136,7 +137,7 @@ def frozen_norms():
 @pytest.mark.parametrize(
     ("name", "model", "message"),
     [
-        ("nad", PlainNet(), "ModuleList"),
+        ("nad", PlainNet(), "PlainNet has none"),
         ("fst", nn.Conv2d(1, 3, 3), "end in an nn.Linear"),
         ("fst", frozen_head(), "unfreeze"),
         ("nft", nn.Conv2d(1, 3, 3), "end in an nn.Linear"),

@@ -7,6 +7,7 @@ import threading
 import pytest
 from fault_cases import Faulty, interrupt
 from trainer_cases import Snapshots, identical, image_trainer, resnet, trained, vit, weights
+from training_cases import trainer_of
 from transformers import TrainerCallback
 
 from hf_fip.checkpoint import last_complete_checkpoint
@@ -95,6 +96,42 @@ def test_a_signal_that_is_ignored_stays_ignored(handler, tmp_path):
     trainer = image_trainer(tmp_path, vit(), callbacks=[Signal(signal.SIGINT)], max_steps=4)
     trainer.train()
     assert trainer.state.global_step == 4 and handler()[0] == signal.SIG_IGN
+
+
+@SENT
+def test_a_training_within_another_one_is_finished_and_the_outer_one_stops(number, error, handler, tmp_path):
+    class Within(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                inner.train()
+
+    inner = image_trainer(tmp_path / "inner", vit(), callbacks=[Signal(number)], max_steps=4)
+    outer, handlers = image_trainer(tmp_path / "outer", vit(), callbacks=[Within()], max_steps=4), handler()
+    with pytest.raises(error):
+        outer.train()
+    assert inner.state.global_step == 4 and outer.state.global_step == 2
+    assert last_complete_checkpoint(str(tmp_path / "inner")) is None
+    assert last_complete_checkpoint(str(tmp_path / "outer")).endswith("checkpoint-2")
+    assert handler() == handlers
+
+
+@SENT
+@pytest.mark.parametrize("update", [1, 3, 6])  # of six
+def test_a_signal_while_the_teacher_of_nad_trains_changes_nothing(update, number, error, handler, tmp_path):
+    def interrupt(batch):
+        seen.append(batch)
+        if len(seen) == update:
+            os.kill(os.getpid(), number)
+        return batch
+
+    seen = []
+    expected = trained(trainer_of("nad", tmp_path / "whole", resnet()))
+    with pytest.raises(error):
+        trainer_of("nad", tmp_path / "stopped", resnet(), train_transform=interrupt).train()
+    assert os.listdir(tmp_path / "stopped") == ["checkpoint-1"] and len(seen) == 6 + 1
+    resumed = trainer_of("nad", tmp_path / "stopped", resnet())
+    resumed.train(resume_from_checkpoint=True)
+    assert identical(weights(resumed.model), expected)
 
 
 def test_a_trainer_in_another_thread_does_not_listen(tmp_path):

@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
@@ -19,19 +21,24 @@ from transformers import PrinterCallback
 from .fine_tuning import FineTuningConfig, FineTuningTrainer
 
 _STAGES = 3  # whose attention is distilled
+_POOLINGS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 
 
 @dataclass
 class NADConfig(FineTuningConfig):
-    """Arguments of [`NADTrainer`], with those of BackdoorBench's `nad`: the ones of `ft`, and the ones below.
+    """Arguments of [`NADTrainer`], with what BackdoorBench's `defense/nad.py` (f02e353) does on CIFAR-10.
 
-    BackdoorBench's program replaces the cosine of its own configuration by three steps; this follows the cosine.
+    Those of `ft`, but 10 epochs for the student as for the teacher (its `te_epochs`; its configuration's 100 `epochs`
+    are never read), and a constant rate: the program's own steps leave 0.01 only after epoch 20. Weight decay is its
+    `wd`; its `weight_decay` of 0.0001 is never read. A departure: its teacher's rate falls by 2 %, on a cosine of 100
+    epochs.
 
     Raises:
         ValueError: a weight is negative, `attention_power` is not positive, or `teacher_epochs` is not.
     """
 
-    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of every parameter."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "The learning-rate schedule."})
+    num_train_epochs: float = field(default=10.0, metadata={"help": "Epochs of the student, unless max_steps is set."})
     teacher_epochs: float = field(default=10.0, metadata={"help": "Epochs of the teacher's fine-tuning."})
     beta_low: float = field(default=500.0, metadata={"help": "Weight of the attention in the lowest stage."})
     beta_middle: float = field(default=1000.0, metadata={"help": "Weight of the attention in the middle stage."})
@@ -58,7 +65,8 @@ class NADTrainer(FineTuningTrainer):
     has the weights of the highest ones.
 
     The teacher has the settings of the student, and `teacher_epochs`. It stays in eval mode, and is in each
-    checkpoint. Logs `attention_distance`, the sum above.
+    checkpoint: on Ctrl-C or SIGTERM while it is fine-tuned, the first one is written after the student's first update.
+    Logs `attention_distance`, the sum above.
 
     Raises:
         ValueError: the model has no stages; with `compute_loss_func`.
@@ -82,15 +90,16 @@ class NADTrainer(FineTuningTrainer):
         args.save_strategy = args.eval_strategy = args.logging_strategy = "no"
         args.eval_on_start = args.load_best_model_at_end = args.push_to_hub = False
         args.report_to = []
-        trainer = FineTuningTrainer(
-            copy.deepcopy(self.model),
-            args,
-            self.data_collator,
-            self.train_dataset,
-            train_transform=self._train_transform,
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        with TemporaryDirectory() as args.output_dir:
+            trainer = FineTuningTrainer(
+                copy.deepcopy(self.model),
+                args,
+                self.data_collator,
+                self.train_dataset,
+                train_transform=self._train_transform,
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
         self.kept = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
 
     def _set_up(self) -> None:
@@ -119,18 +128,37 @@ def stages_of(model: nn.Module) -> list[nn.Module]:
     """The stages that are compared, low to high: the entries at a third, two thirds and the end of the model's stack.
 
     The stack is its first `nn.ModuleList` outside of any other: `stages` of a ResNet or ConvNeXt, `layers` of a ViT
-    or Swin.
+    or Swin. In a network without one it is its `nn.Sequential`s side by side that have convolutions: `layer1`,
+    `layer2`, … of other ResNets. Where there is one alone (`features` of a VGG), it is what comes before each pooling
+    in it, or, without pooling, its entries that have convolutions.
 
     Raises:
         ValueError: there is none.
     """
-    stack = next((module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)), None)
-    if stack is None:
+    lists = (list(module) for module in model.modules() if isinstance(module, nn.ModuleList))
+    stack = next(filter(None, lists), None) or _sequential_stages(model)
+    if not stack:
         raise ValueError(
-            f"NAD compares the stages of a model, and {type(model).__name__} has no nn.ModuleList of them."
+            f"NAD compares the stages of a model, and {type(model).__name__} has none: no nn.ModuleList, and no "
+            "nn.Sequential with two convolutions or more."
         )
     ends = sorted({math.ceil(len(stack) * part / _STAGES) for part in range(1, _STAGES + 1)})
     return [stack[end - 1] for end in ends]
+
+
+def _sequential_stages(model: nn.Module) -> list[nn.Module]:
+    body, parts = model, [model]
+    while len(parts) == 1:  # one that wraps the rest
+        body, parts = parts[0], [child for child in parts[0].children() if _convolves(child)]
+    sequences = [body] if isinstance(body, nn.Sequential) else [p for p in parts if isinstance(p, nn.Sequential)]
+    if len(sequences) != 1:
+        return sequences
+    pooled = [layer for layer, after in pairwise(sequences[0]) if isinstance(after, _POOLINGS)]
+    return pooled or [layer for layer in sequences[0] if _convolves(layer)]
+
+
+def _convolves(module: nn.Module) -> bool:
+    return any(isinstance(inner, nn.Conv2d) for inner in module.modules())
 
 
 @contextmanager

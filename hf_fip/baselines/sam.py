@@ -17,6 +17,8 @@ class FTSAMConfig(FineTuningConfig):
     """Arguments of [`FTSAMTrainer`], with the defaults of BackdoorBench's `ft-sam`: those of `ft`, and the ones below.
 
     Label smoothing is that of `Trainer`: over all classes, where BackdoorBench spreads it over all but the label's.
+    The cosine falls to zero over the run; BackdoorBench steps one of length 100 at every update, so that its rate goes
+    down and up again every 200 updates.
 
     Raises:
         ValueError: `rho` is not positive and finite.

@@ -4,7 +4,8 @@ Whoever fine-tunes the purified model later may do so on data with a few trigger
 hid its backdoor learns it again from those at once; a benign model, attacked in the same way, is the comparison.
 
 Source: Min et al., *Uncovering, Explaining, and Mitigating the Superficial Safety of Backdoor Defense*, NeurIPS 2024
-(the retuning attack: 2 % clean images, 5 triggered ones, 5 epochs of SGD at 0.01).
+(the retuning attack: 2 % clean images, 5 triggered ones, 5 epochs of SGD at 0.01). Gradients are clipped to norm 1
+here, the Trainer's default, and not in the authors' `ft_poison.py`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ..lone_sample import lone_sample
 
 CLEAN_SHARE = 0.02  # of the attacker's images
 TRIGGERED = 5  # images
-_UPDATES_PER_EPOCH = 8  # at least, as with the 1,000 images that are 2 % of CIFAR-10
+_UPDATES_PER_EPOCH = 8  # on little data; as with the 1,000 images that are 2 % of CIFAR-10
 
 
 @dataclass
@@ -62,7 +63,8 @@ def relearning_trainer(
 ) -> Trainer:
     """A trainer whose `train()` teaches a copy of a model the backdoor again: all its weights are trained.
 
-    On little data the batch is made smaller, so that an epoch has 8 updates as it has on CIFAR-10.
+    On little data the batch is made smaller, so that an epoch has 8 updates as it has on CIFAR-10, or 5 to 7 where the
+    images do not divide so: 7 of 27 images.
 
     Args:
         model: any classifier whose output has `.logits`; left as it is. Of a PEFT model the copy is merged.
