@@ -153,6 +153,13 @@ def test_a_course_without_accuracy_has_one_panel(tmp_path):
     assert has_color(both, LIGHT.blue) and not has_color(one, LIGHT.blue)
 
 
+def test_an_asr_of_zero_is_drawn(tmp_path):
+    gone = [{**row, "curve_asr": 0.0} if "curve_asr" in row else row for row in HISTORY]
+    unknown = [{**row, "curve_asr": None} if "curve_asr" in row else row for row in HISTORY]
+    with_zero, without = (drawn(plot_curvature(rows, tmp_path / "p.png"), LIGHT) for rows in (gone, unknown))
+    assert not np.array_equal(with_zero, without)
+
+
 @pytest.mark.parametrize(
     ("draw", "message"),
     [

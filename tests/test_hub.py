@@ -126,6 +126,16 @@ def test_a_model_is_created_uploaded_and_pulled_back_whole(hub, client, result, 
     assert f'place = "{REPO}"' in code_of(card) and metadata_of(card)["model-index"][0]["name"] == "purified"
 
 
+def test_pulling_leaves_an_unfinished_run_of_the_same_name(hub, client, result, tmp_path):
+    client("push", result, REPO)
+    checkpoint = tmp_path / "pulled.partial" / "checkpoint-7" / "model.safetensors"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_bytes(b"hours of work")
+    client("pull", REPO, tmp_path / "pulled")
+    assert checkpoint.read_bytes() == b"hours of work" and (tmp_path / "pulled" / "model.safetensors").is_file()
+    assert not list(tmp_path.glob(".pulled*"))
+
+
 def test_the_cards_code_runs_in_a_fresh_process_and_gives_the_model(hub, client, result, tmp_path):
     client("push", result, REPO)
     code = code_of(hub.files(REPO)["README.md"].decode())

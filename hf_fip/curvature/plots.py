@@ -96,7 +96,7 @@ def plot_curvature(
         ValueError: when no row has a positive λ_max or Tr H.
     """
     largest, trace, accuracy, asr = (
-        sorted((row["step"], row[key]) for row in history if math.isfinite(row.get(key) or math.nan))
+        sorted((row["step"], row[key]) for row in history if row.get(key) is not None and math.isfinite(row[key]))
         for key in ("curvature_lambda_max", "curvature_trace", "curve_accuracy", "curve_asr")
     )
     largest, trace = ([(step, value) for step, value in series if value > 0] for series in (largest, trace))

@@ -7,6 +7,7 @@ import os
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from .card import CARD_NAME, REPORT_NAME, card_of
 from .patience import insist, status_of
@@ -140,15 +141,16 @@ def pull(repo_id: str, folder: str | os.PathLike, *, revision: str | None = None
         raise ValueError(f"{repo_id} cannot be pulled: {error}") from error
     if not any((found / name).is_file() for name in (CONFIG, ADAPTER_CONFIG, ADAPTER_WEIGHTS)):
         raise ValueError(f"{repo_id} holds no model and no adapter.")
-    partial = final.with_name(final.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for file in sorted({file for pattern in MODEL_FILES for file in found.glob(pattern)}):
-        copy = partial / file.relative_to(found)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, copy)  # the file, where the cache has a link to it
-    if final.exists():
-        final.rmdir()
-    os.replace(partial, final)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{final.name}.", dir=final.parent) as place:
+        partial = Path(place, "pulled")
+        for file in sorted({file for pattern in MODEL_FILES for file in found.glob(pattern)}):
+            copy = partial / file.relative_to(found)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)  # the file, where the cache has a link to it
+        if final.exists():
+            final.rmdir()
+        os.replace(partial, final)
     return final
 
 

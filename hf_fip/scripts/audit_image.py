@@ -34,7 +34,7 @@ from ..tasks.data import LabelledImages, split_clean
 from ..tasks.image_classification import PixelDataset, load_image_classifier, match_labels
 from .arguments import HelpFormatter, Parser
 from .images import ImageData, channels_of, images_of
-from .recorded import recorded_split
+from .recorded import check_data, recorded_split
 from .run_folder import RunFolder, write_json
 from .terminal import say
 
@@ -101,6 +101,8 @@ def audit_image(place: str, data: ImageData, arguments: AuditArguments) -> None:
     given.pop("json", None)
     folder = RunFolder(arguments.output_dir, given, overwrite=arguments.overwrite_output_dir)
     models = {"model": place} if arguments.vs is None else {"received": arguments.vs, "purified": place}
+    for one in models.values():
+        check_data(one, data)
     recorded = recorded_split(place) or recorded_split(arguments.vs)
     split_seed = next(s for s in (data.split_seed, recorded and recorded["seed"], arguments.seed) if s is not None)
     images = images_of(data, split_seed)
@@ -128,10 +130,11 @@ def audit_image(place: str, data: ImageData, arguments: AuditArguments) -> None:
             "seed": arguments.seed,
             "versions": versions(),
         }
-        folder.result.mkdir()
-        write_json(folder.result / REPORT_NAME, report)
-        title = f"The smallest patches, by their area in pixels: {Path(place).name}"
-        plot_audit(_picture(audits, names), folder.result / "plots" / "audit.png", title=title)
+        if PartialState().is_main_process:
+            folder.result.mkdir()
+            write_json(folder.result / REPORT_NAME, report)
+            title = f"The smallest patches, by their area in pixels: {Path(place).name}"
+            plot_audit(_picture(audits, names), folder.result / "plots" / "audit.png", title=title)
         folder.publish()
     if arguments.json:
         say(json.dumps(report, indent=2, default=str))

@@ -121,8 +121,8 @@ def _learn(
     """Train what the attack needs before the data are poisoned. A run that goes on finds it in its folder."""
 
     def clean_model() -> nn.Module:
-        place = Path(arguments.clean_model or folder.work / "clean_model")
-        if not place.exists():
+        place = folder.work / "clean_model"
+        if arguments.clean_model is None and not place.exists():
             say(f"{attack.name} learns on a clean model: training one first (--clean_model gives one).")
             clean_training = copy.copy(training)
             clean_training.output_dir, clean_training.save_strategy = str(folder.work / "unused"), "no"
@@ -137,7 +137,7 @@ def _learn(
             trainer.train()
             with written_whole(place) as partial:
                 trainer.save_model(str(partial))
-        return task.load_model(str(place), task.model_arguments())[0]
+        return task.load_model(arguments.clean_model or str(place), task.model_arguments())[0]
 
     material = task.material(
         dataset,

@@ -10,7 +10,8 @@ from ..attacks import Attack, load_attack
 from ..attacks.base import CONFIG_NAME
 from ..hub.card import REPORT_NAME
 from ..hub.safety import ATTACK_FOLDER, LONGEST_REPORT, check_attack, read_object
-from .arguments import AttackArguments
+from ..hub.text import one_line
+from .arguments import AttackArguments, DataArguments
 
 
 def attack_of(arguments: AttackArguments, model_folder: str | None, num_labels: int) -> Attack | None:
@@ -57,6 +58,15 @@ def victim_of(report: dict, otherwise: str) -> str:
     """The folder of the victim that a model was purified from, if its report names one."""
     victim = report.get("model")
     return victim if isinstance(victim, str) and Path(victim).is_dir() else otherwise
+
+
+def check_data(model_folder: str | None, data: DataArguments) -> None:
+    """Raise ValueError when nobody named the data and the model's folder tells of others than the default."""
+    report = report_in(model_folder)
+    recorded, of_run = recorded_split(model_folder), report.get("data")
+    name = recorded["data"] if recorded else of_run.get("name") if isinstance(of_run, dict) else None
+    if isinstance(name, str) and data.dataset_name == type(data)().dataset_name and name != data.dataset_name:
+        raise ValueError(f"{model_folder} is a model of {one_line(name)}: give its data, with --dataset_name.")
 
 
 def recorded_split(model_folder: str | None) -> dict | None:

@@ -8,6 +8,7 @@ import os
 import pkgutil
 import resource
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,6 +106,14 @@ def _kill_at(place: str, count: int, number: int = signal.SIGKILL) -> None:
 
 def report_of(folder) -> dict:
     return json.loads(Path(folder, "report.json").read_text())
+
+
+def of_other_data(victim, folder: str) -> None:
+    """A copy of a victim whose report says that it is of the data `folder`."""
+    shutil.copytree(victim, folder)
+    report = report_of(folder)
+    report["clean_split"]["data"] = folder
+    Path(folder, "report.json").write_text(json.dumps(report))
 
 
 def assert_same_weights(one, other) -> None:

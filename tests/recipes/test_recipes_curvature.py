@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from recipe_cases import SHORT, SMALL, left_in, report_of
+from recipe_cases import SHORT, SMALL, left_in, of_other_data, report_of
 
 QUICK = ["--max_train_samples", "120", "--max_test_samples", "30", "--use_cpu", "--eigenvalues", "2"]
 QUICK += ["--tolerance", "0.1", "--probes", "2", "--density_runs", "1", "--landscape_points", "3"]
@@ -71,6 +71,7 @@ def test_help_names_the_arguments_and_says_what_curvature_does_not_prove(run):
 USER_ERRORS = {
     "no model": ([], "the following arguments are required: MODEL"),
     "no such model": (["./nowhere"], "No model at './nowhere'"),
+    "other data": (["cifar10"], "cifar10 is a model of cifar10: give its data, with --dataset_name"),
     "no such argument": (["VICTIM", "--probe", "3"], "unknown: --probe 3"),
     "no such attack": (["VICTIM", "--attack", "badnet"], "badnet"),
     "no probes": (["VICTIM", "--probes", "0"], "probes=0"),
@@ -82,6 +83,7 @@ USER_ERRORS = {
 @pytest.mark.parametrize("case", USER_ERRORS)
 def test_a_users_error_is_one_line_and_leaves_nothing(case, victim, run):
     arguments, message = USER_ERRORS[case]
+    of_other_data(victim, "cifar10")
     given = [victim if value == "VICTIM" else value for value in arguments]
     code, _, err = run("analyze_curvature", *given[:1], *QUICK, *given[1:])
     assert code == 1 and err.startswith("error: ") and err.count("\n") == 1

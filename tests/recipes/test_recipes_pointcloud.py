@@ -50,6 +50,14 @@ def test_pcba_learns_on_a_clean_model_first_and_its_victim_may_be_a_pointnet2(ru
     assert cluster.shape == (8, 3) and np.isfinite(cluster).all()
 
 
+def test_a_clean_model_that_is_not_there_is_no_place_to_train_one(run):
+    code, _, err = run(
+        "backdoor_pointcloud", *VICTIM, *PCBA, "--clean_model", "outputs/misspelt", "--output_dir", "out"
+    )
+    assert code == 1 and err.startswith("error: No model at 'outputs/misspelt'")
+    assert left_in(".") == set()
+
+
 @pytest.mark.parametrize("adapter", ["none", "singular"])
 def test_a_purified_model_comes_with_card_report_and_pictures(adapter, victim, run):
     arguments = [*SHORT, "--model_name_or_path", victim, "--output_dir", "out", "--adapter", adapter, "--augment"]
