@@ -44,21 +44,22 @@ class UpdateGuard:
         """Note what went wrong first."""
         self.fault = self.fault or fault
 
-    def finish(self, model: nn.Module, optimizer: Optimizer, grad_norm: float, step: int, allowed: int) -> None:
+    def finish(self, model: nn.Module, optimizers: list[Optimizer], grad_norm: float, step: int, allowed: int) -> None:
         """Drop the update unless its gradient is finite: no parameter, momentum or running statistic moves.
 
         Args:
-            optimizer: of the model's parameters, or of others (masks of them, for example).
+            optimizers: of the model's parameters, or of others (masks of them, for example, or an attack's trigger).
             grad_norm: of the model's.
 
         Raises:
             FloatingPointError: more than `allowed` updates in a row were to be dropped.
         """
-        if math.isfinite(grad_norm) and math.isfinite(get_total_norm(_other_gradients(model, optimizer))):
+        if math.isfinite(grad_norm) and math.isfinite(get_total_norm(_other_gradients(model, optimizers))):
             self._in_a_row = 0
             return
         model.zero_grad()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         with torch.no_grad():
             for buffer, value in self._buffers:
                 buffer.copy_(value)
@@ -72,10 +73,11 @@ class UpdateGuard:
         self.dropped += 1
 
 
-def _other_gradients(model: nn.Module, optimizer: Optimizer) -> list[torch.Tensor]:
-    """Of what the optimizer steps that is no parameter of the model."""
+def _other_gradients(model: nn.Module, optimizers: list[Optimizer]) -> list[torch.Tensor]:
+    """Of what the optimizers step that is no parameter of the model."""
     own = set(model.parameters())
-    stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    stepped = [parameter for group in groups for parameter in group["params"]]
     return [parameter.grad for parameter in stepped if parameter.grad is not None and parameter not in own]
 
 

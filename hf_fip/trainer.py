@@ -209,8 +209,12 @@ class FIPMixin(SealedEvaluation, Publishing, ShardedTraining):
         norm = super()._get_grad_norm(model, grad_norm)
         if self._loss_scale() == 1.0:  # else float16's scaler skips such updates
             allowed = self.args.max_dropped_updates
-            self._guard.finish(model, self.optimizer, float(norm), self.state.global_step, allowed)
+            self._guard.finish(model, self._optimizers(), float(norm), self.state.global_step, allowed)
         return norm
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        """All that step after an update."""
+        return [self.optimizer]
 
     def _loss_rise(self) -> float:
         """The task loss of this update, over all processes, above that of the first, which a checkpoint keeps."""

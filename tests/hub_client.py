@@ -12,11 +12,13 @@ import sys
 import time
 
 from hf_fip.hub import push
+from hf_fip.tasks.data import load_splits
 
 time.sleep = lambda seconds: None  # the retries of this client and of huggingface_hub's do not wait
 STEPS = {
     "push": push.push_folder,
     "pull": lambda *arguments, **options: str(push.pull(*arguments, **options)),
+    "load data": lambda *arguments, **options: load_splits(*arguments, **options).num_rows,
     "use the token": lambda token: os.environ.update(HF_TOKEN=token),
 }
 

@@ -135,7 +135,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path.startswith("/lfs/"):
             self.hub.objects[path.removeprefix("/lfs/")] = body
             return self._answer({})
-        if match := re.fullmatch(r"/(?:api/models/)?([\w.-]+/[\w.-]+?)(\.git)?(/.*)?", path):
+        if match := re.fullmatch(r"/(?:api/models/|api/datasets/|datasets/)?([\w.-]+/[\w.-]+?)(\.git)?(/.*)?", path):
             repo_id, _, rest = match.groups()
             return self._of_repository(repo_id, rest or "", query, body)
         return self._error(404, "no such path", "RepoNotFound")
@@ -229,6 +229,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer({"id": repo_id, "sha": found[0], "private": repository.private, "siblings": names})
 
     def _tree(self, repository: Repository, revision: str) -> None:
+        """All files of a revision, or of a folder in it."""
+        folder = ""
+        if repository.find(revision) is None:
+            revision, _, folder = revision.partition("/")
         found = repository.find(revision)
         if found is None:
             return self._error(404, "Revision not found", "RevisionNotFound")
@@ -236,6 +240,7 @@ class _Handler(BaseHTTPRequestHandler):
             [
                 {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
                 for name, content in found[1].items()
+                if not folder or name.startswith(f"{folder}/")
             ]
         )
 

@@ -14,7 +14,7 @@ from trainer_cases import QUIET, Images, vit
 
 from hf_fip import FIPConfig, FIPTrainer, SingularValueConfig
 from hf_fip.hub.card import card_of, make_card, provenance
-from hf_fip.hub.text import one_line, visible, without_tokens
+from hf_fip.hub.text import in_markdown, one_line, visible, without_tokens
 from hf_fip.scripts.detection import DetectionTask, MultiLabelTask
 from hf_fip.scripts.sentences import TextTask
 from hf_fip.tasks.image_architectures import small_vit
@@ -220,6 +220,24 @@ def test_names_stay_names(case):
     assert "<script" not in body and "<img" not in body and "49" not in body
     assert body.count("`") == plain_body.count("`")
     assert len(table_of(text, "| argument | value |")[0]) == 2
+
+
+@pytest.mark.parametrize("text", ["![x](http://evil.example/x.png)", "[x](//evil.example)", "[[x]](//evil)"])
+def test_no_text_of_a_card_makes_a_picture_or_a_link(text):
+    words = report_of()["card"] | {"samples": text, "denominator": text}
+    card = make_card(report_of(card=words, versions={text: text}), [], text)
+    assert not places_in(str(card).split("\n---\n", 1)[1])
+
+
+def test_no_text_gives_the_place_of_a_picture_that_stands_elsewhere():
+    text, picture = "[x]: //evil", "\n\n![x]"
+    assert places_in(text + picture) and not places_in(in_markdown(text) + picture)
+
+
+def places_in(text: str) -> list[str]:
+    """What a page made of Markdown loads or links to."""
+    page = pytest.importorskip("markdown_it").MarkdownIt().enable("table").render(text)
+    return re.findall(r'<(?:img src|a href)="([^"]*)"', page)
 
 
 @pytest.mark.parametrize("name", ['x");import os#', "../up", "a\nb"])

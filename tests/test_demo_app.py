@@ -150,10 +150,23 @@ def test_what_is_missing_is_named(folders, tmp_path):
 
 def test_the_page_shows_hostile_names_as_text(folders):
     demo_page = pytest.importorskip("hf_fip.scripts.demo_page", exc_type=ImportError)
-    hostile = {"attack": "<script>alert(1)</script>|x", "before": {"asr": 1.0}, "after": {"asr": None}}
+    name = "<script>alert(1)</script>|x` ![x](http://evil.example/x.png) [log in](http://evil.example)"
+    hostile = {"attack": name, "before": {"asr": 1.0, name: 2.0}, "after": {"asr": None}}
     table = demo_page._table(hostile)
-    assert "<script>" not in table and "| ASR, attack success rate | 1.0 % | not measured |" in table
+    assert "<script>" not in table and "](" not in table
+    assert all("evil" not in part for part in table.split("`")[::2])  # which lies outside of code spans
+    assert "| ASR, attack success rate | 1.0 % | not measured |" in table
     assert demo_page.page(**{**contents(str(folders / "purified")), "report": hostile}).blocks
+
+
+def test_a_picture_that_is_no_png_is_not_opened(tmp_path):
+    demo_page = pytest.importorskip("hf_fip.scripts.demo_page", exc_type=ImportError)
+    good, hostile = tmp_path / "a.png", tmp_path / "b.png"
+    PIL.Image.new("RGB", (4, 2), "navy").save(good)
+    PIL.Image.new("RGB", (4, 2), "navy").save(hostile, "EPS")  # which PIL gives to Ghostscript
+    assert demo_page._picture(good).size == (4, 2)
+    with pytest.raises(ValueError, match="b.png is no PNG"):
+        demo_page._picture(hostile)
 
 
 @pytest.fixture(scope="module")

@@ -181,6 +181,20 @@ def parquet_that_names(path):
     return spoil
 
 
+def yaml_that_names(place):
+    """A parquet file outside, and a `.huggingface.yaml` that names it under a harmless README."""
+
+    def spoil(folder, canary):
+        rows = pa.table({"image": [{"bytes": b"", "path": None}] * 4, "label": [0, 1, 0, 1]})
+        for file in (folder / "train.parquet", folder.parent / "secret.parquet"):
+            parquet.write_table(rows, file)
+        configs = "configs:\n- config_name: default\n  data_files: "
+        write("README.md", f"---\n{configs}train.parquet\n---\n")(folder, canary)
+        write(".huggingface.yaml", configs + place.replace("HERE", str(folder.parent)))(folder, canary)
+
+    return spoil
+
+
 def saved_to_disk(folder, canary):
     Dataset.from_dict({"image": [1, 2], "label": [0, 1]}).save_to_disk(folder / "set")
     for file in (folder / "set").iterdir():
@@ -392,6 +406,21 @@ CASES = {
         write("README.md", "---\nconfigs:\n- config_name: default\n  data_files: https://evil.example/x.csv\n---\n"),
         "names data elsewhere",
     ),
+    **{
+        f"data by {how}, in .huggingface.yaml": (images, yaml_that_names(place), "names data elsewhere")
+        for how, place in {
+            "full path": "HERE/secret.parquet",
+            "a path that is none at first sight": "file:HERE/secret.parquet",
+            "a path in a cache": "simplecache::HERE/secret.parquet",
+            "address": "https://evil.example/x.csv",
+        }.items()
+    },
+    "data above, in pairs in .huggingface.yaml": (
+        images,
+        write(".huggingface.yaml", "- [configs, [{config_name: default, data_files: ../*.parquet}]]"),
+        "names data elsewhere",
+    ),
+    "a .huggingface.yaml that is no UTF-8": (images, write(".huggingface.yaml", b"\xff"), "yaml cannot be read"),
     "data above, in state.json": (images, saved_to_disk, "leads out of"),
     "an image by path": (images, parquet_that_names("HERE/secret.png"), "is a path elsewhere"),
     "an image by address": (images, parquet_that_names("http://127.0.0.1:9/x.png"), "is a path elsewhere"),

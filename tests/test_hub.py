@@ -267,6 +267,53 @@ def test_a_name_that_leads_out_of_the_repository_is_not_written(hub, client, tmp
     assert not list(tmp_path.parent.rglob("evil.png")) and not Path("evil.png").exists()
 
 
+# ---- Data sets ----
+
+CONFIGS = "configs:\n- config_name: default\n  data_files: "
+ROWS = {"train.csv": b"a,b\n1,2\n3,4\n"}
+
+
+@pytest.mark.parametrize(
+    "place", ["HERE/secret.csv", "~/secret.csv", "../another/secret.csv", "file:HERE/secret.csv", "HUB/secret.csv"]
+)
+@pytest.mark.parametrize(
+    "description",
+    [
+        {"README.md": "---\n{}\n---\n"},
+        {"README.md": "# Rows\n", ".huggingface.yaml": "{}"},
+        {".huggingface.yaml": "{}"},
+    ],
+    ids=["README", "README and YAML", "YAML"],
+)
+def test_data_that_name_files_elsewhere_are_refused(description, place, hub, client, tmp_path):
+    (tmp_path / "secret.csv").write_text("a,b\n5,6\n")
+    place = CONFIGS + place.replace("HERE", str(tmp_path)).replace("HUB", hub.url)
+    said = {name: text.format(place).encode() for name, text in description.items()}
+    hub.add("someone/rows", {**ROWS, **said})
+    answer = client("load data", "someone/rows")
+    assert re.search("'someone/rows' cannot be read: .*names data elsewhere.*it is refused", answer["error"])
+    assert not any(part in request for request in hub.requests for part in ("secret", "train.csv"))
+
+
+def test_data_are_looked_at_in_the_revision_and_with_the_token_that_they_are_loaded_with(hub, client):
+    hub.add("someone/private-rows", ROWS, private=True)
+    hub.repositories["someone/private-rows"].commit("v1", {**ROWS, "README.md": f"---\n{CONFIGS}/x\n---\n".encode()})
+    answer = client("load data", "someone/private-rows", revision="v1", token=TOKEN)
+    assert "names data elsewhere, /x" in answer["error"]
+    assert client("load data", "someone/private-rows", token=TOKEN) == {"train": 2}
+    assert "misspelt" in client("load data", "someone/no-rows")["error"]
+
+
+@pytest.mark.parametrize("said", [{}, {"README.md": b"# Rows\n"}, {".huggingface.yaml": b"license: mit\n"}], ids=str)
+def test_data_that_name_only_their_own_are_loaded_and_offline_from_the_cache(said, hub, tmp_path):
+    hub.add("someone/rows", {**ROWS, **said})
+    program = "from hf_fip.tasks.data import load_splits; print(load_splits('someone/rows').num_rows)"
+    for offline in ({}, {"HF_HUB_OFFLINE": "1"}):
+        env = {**environment(hub, tmp_path), **offline}
+        done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+        assert done.stdout == "{'train': 2}\n", done.stderr
+
+
 @pytest.mark.slow
 def test_what_a_recipe_pushes_is_pulled_elsewhere_and_measured_to_be_what_its_card_says(hub, tmp_path):
     maker, user = environment(hub, tmp_path / "maker"), environment(hub, tmp_path / "user", token=None)

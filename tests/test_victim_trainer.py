@@ -205,6 +205,38 @@ def test_the_attack_works_in_full_precision_beside_a_victim_in_bf16(tmp_path):
     assert np.abs(trainer._joint.attack.tensors["offset"]).max() > 1e-3
 
 
+class OneFault(TrainerCallback):
+    """Spoils a gradient of the second of three updates; keeps victim and trigger after each."""
+
+    def __init__(self, of: str, value: float):
+        self.of, self.value, self.trainer, self.seen = of, value, None, []
+
+    def attach(self, trainer) -> None:
+        trigger, bias = trainer._joint.modules["trigger"]["offset"], trainer.model.classifier.bias
+        spoiled = {"trigger": [trigger], "victim": [bias], "both": [trigger, bias]}[self.of]
+        for parameter in spoiled:
+            parameter.register_hook(lambda grad: grad * self.value if trainer.state.global_step == 1 else grad)
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        momentum = self.trainer._joint.optimizers["trigger"].state_dict()["state"][0]["momentum_buffer"]
+        offset = self.trainer._joint.modules["trigger"]["offset"].detach()
+        self.seen.append((weights(self.trainer.model), {"offset": offset.clone(), "momentum": momentum.clone()}))
+
+
+@pytest.mark.parametrize("of", ["trigger", "victim", "both"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bad_gradient_costs_victim_and_trigger_one_update(of, value, tmp_path):
+    fault = OneFault(of, value)
+    trainer = joint_trainer(tmp_path, vit(), callbacks=[fault], max_steps=3)
+    fault.attach(trainer)
+    trainer.train()
+    for first, second, third in zip(*fault.seen, strict=True):
+        assert identical(first, second) and not identical(second, third)
+        assert all(tensor.isfinite().all() for tensor in third.values())
+    assert logged(trainer, "dropped_updates")[-1] == 1
+
+
 # ---- Epochs ----
 
 

@@ -66,6 +66,9 @@ class VictimTrainer(SharpnessAware, FIPTrainer):
             self._joint.finish()
         return result
 
+    def _optimizers(self):
+        return [*super()._optimizers(), *(self._joint.optimizers.values() if self._joint else ())]
+
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         if self._joint and _ROLES not in self._signature_columns:

@@ -1,7 +1,8 @@
 """Data sets from strangers: a folder, or rows, that name only what is theirs.
 
 `datasets` runs no script of a data set and opens no pickle. What is left are names of other files: links, the lists of
-`save_to_disk`, the `data_files` of a README, and rows of images or videos that are a path and no bytes.
+`save_to_disk`, the `data_files` of a README or a `.huggingface.yaml`, and rows of images or videos that are a path and
+no bytes.
 """
 
 from __future__ import annotations
@@ -10,12 +11,30 @@ import os
 from pathlib import Path
 
 import pyarrow.compute as compute
+import yaml
 from datasets import Dataset, Image, Video, config
-from huggingface_hub import RepoCard
+from datasets.utils.file_utils import is_relative_path
+from huggingface_hub import RepoCard, hf_hub_download
 from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
+from .patience import insist
 from .safety import check_inside, read_object, reason
 from .text import one_line
+
+_DESCRIPTIONS = (
+    config.REPOCARD_FILENAME,
+    config.REPOYAML_FILENAME,
+)  # README.md; .huggingface.yaml, which overrides it
+
+
+class RefusedDataError(ValueError):
+    """A data set names what is not its own."""
 
 
 def check_data_folder(folder: Path) -> None:
@@ -33,15 +52,47 @@ def check_data_folder(folder: Path) -> None:
             state = read_object(Path(place, name), longest=64 * 2**20)
             for listed in state.get("_data_files") or []:
                 check_inside(Path(place, str(listed.get("filename") if isinstance(listed, dict) else listed)), folder)
-    readme = folder / "README.md"
-    if readme.is_file():
+    for name in _DESCRIPTIONS:
+        if (folder / name).is_file():
+            _check_description(folder / name)
+
+
+def check_hub_data(name: str, revision: str | None = None, token: str | bool | None = None) -> None:
+    """Look at what a data set on the Hub says of itself before `datasets` does.
+
+    What cannot be reached is passed over: `datasets` then has no more than what it prepared earlier.
+
+    Raises:
+        RefusedDataError: it names a file that lies elsewhere.
+    """
+    if config.HF_HUB_OFFLINE:
+        return
+    name = name.removeprefix("hf://datasets/")
+    options = {"repo_type": "dataset", "revision": revision, "token": token}
+    for description in _DESCRIPTIONS:
         try:
-            configs = RepoCard.load(readme, ignore_metadata_errors=False).data.to_dict().get("configs")
-        except Exception as error:  # YAML is wrong in many ways
-            raise ValueError(f"{readme} cannot be read: {reason(error)}") from error
-        for name in _strings(configs):
-            if "://" in name or name.startswith(("/", "~")) or ".." in Path(name).parts:
-                raise ValueError(f"{readme} names data elsewhere, {one_line(name)}: it is refused.")
+            file = insist(lambda file=description: hf_hub_download(name, file, **options), unanswered=False)
+        except (LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
+            return
+        except EntryNotFoundError:
+            continue
+        _check_description(Path(file))
+
+
+def _check_description(file: Path) -> None:
+    """Raise RefusedDataError when the `configs` of a data set name files elsewhere."""
+    try:
+        if file.name == config.REPOCARD_FILENAME:
+            said = RepoCard.load(file, ignore_metadata_errors=False).data.to_dict()
+        else:
+            said = dict(yaml.safe_load(file.read_text(encoding="utf-8")) or {})  # pairs do as well
+        for name in _strings(said.get("configs")):
+            if not is_relative_path(name) or "::" in name or name.startswith("~") or ".." in Path(name).parts:
+                raise RefusedDataError(f"{file} names data elsewhere, {one_line(name)}: it is refused.")
+    except RefusedDataError:
+        raise
+    except Exception as error:  # YAML is wrong in many ways
+        raise RefusedDataError(f"{file} cannot be read: {reason(error)}") from error
 
 
 def check_references(dataset: Dataset, folder: Path | None = None) -> None:
@@ -51,7 +102,7 @@ def check_references(dataset: Dataset, folder: Path | None = None) -> None:
         folder: of the data set; None for one from the Hub.
 
     Raises:
-        ValueError: one lies neither in the folder nor where downloads are kept.
+        RefusedDataError: one lies neither in the folder nor where downloads are kept.
     """
     places = [Path(place).resolve() for place in (folder, HF_HUB_CACHE, config.HF_CACHE_HOME) if place is not None]
     columns = [name for name, kind in dataset.features.items() if _holds_files(kind)]
@@ -62,7 +113,7 @@ def check_references(dataset: Dataset, folder: Path | None = None) -> None:
             paths = values.filter(compute.is_null(compute.struct_field(values, "bytes")))
             for path in compute.struct_field(paths, "path").to_pylist():
                 if path is not None and not any(Path(path).resolve().is_relative_to(place) for place in places):
-                    raise ValueError(f"a row of {name!r} is a path elsewhere, {one_line(path)}: it is refused")
+                    raise RefusedDataError(f"a row of {name!r} is a path elsewhere, {one_line(path)}: it is refused")
 
 
 def _holds_files(kind) -> bool:
@@ -72,6 +123,6 @@ def _holds_files(kind) -> bool:
 def _strings(value) -> list[str]:
     if isinstance(value, dict):
         value = list(value.values())
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple, set)):  # YAML has them all
         return [text for inner in value for text in _strings(inner)]
     return [value] if isinstance(value, str) else []

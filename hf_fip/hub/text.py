@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 LONGEST = 200  # characters of a name that are shown
+_LINK = re.compile(r"\](?=[(\[:])")  # [text](place), [text][name] and [name]: place
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9_]{6,}")
 
 
@@ -23,8 +24,9 @@ def one_line(value: Any, longest: int = LONGEST) -> str:
 
 
 def in_markdown(value: Any, longest: int = LONGEST) -> str:
-    """A value for a code span or table cell of Markdown: no HTML, and no way out of either."""
-    return html.escape(one_line(value, longest).replace("`", "'"), quote=False).replace("|", "\\|")
+    """A value for a code span or table cell of Markdown: no HTML, no picture or link, and no way out of either."""
+    text = html.escape(one_line(value, longest).replace("`", "'"), quote=False).replace("|", "\\|")
+    return _LINK.sub("] ", text)
 
 
 def without_tokens(text: str) -> str:

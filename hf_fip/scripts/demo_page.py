@@ -31,6 +31,9 @@ def page(pair: ImagePair | TextPair, samples: list, report: dict[str, Any], plot
         samples: inputs to choose from.
         report: of the purification; may be empty.
         plots: pictures of the purification.
+
+    Raises:
+        ValueError: one of those is no PNG.
     """
     with gr.Blocks(title="hf_fip", analytics_enabled=False) as made:
         gr.Markdown(_INTRODUCTION)
@@ -40,7 +43,7 @@ def page(pair: ImagePair | TextPair, samples: list, report: dict[str, Any], plot
         if report.get("before") and report.get("after"):
             gr.Markdown(_table(report))
         for path in plots:
-            gr.Image(PIL.Image.open(path), show_label=False, interactive=False, buttons=_BUTTONS)
+            gr.Image(_picture(path), show_label=False, interactive=False, buttons=_BUTTONS)
     return made
 
 
@@ -145,12 +148,20 @@ def _enlarged(image: np.ndarray) -> PIL.Image.Image:
     return picture.resize((picture.width * times, picture.height * times), PIL.Image.Resampling.NEAREST)
 
 
+def _picture(path: Path) -> PIL.Image.Image:
+    """A stranger's picture: PIL has readers for other formats that start programs."""
+    try:
+        return PIL.Image.open(path, formats=("PNG",))
+    except PIL.UnidentifiedImageError as error:
+        raise ValueError(f"{one_line(path)} is no PNG: delete it, the page does without.") from error
+
+
 def _table(report: dict[str, Any]) -> str:
     """Before and after, in Markdown."""
-    title = in_markdown(report.get("attack") or "No known attack")
+    title = f"`{in_markdown(report['attack'])}`" if report.get("attack") else "No known attack"
     lines = [f"## {title}", "| | received | purified |", "|---|---|---|"]
     for key, before in report["before"].items():
-        name = ", ".join(METRICS[key]) if key in METRICS else in_markdown(key)
+        name = ", ".join(METRICS[key]) if key in METRICS else f"`{in_markdown(key)}`"
         lines.append(f"| {name} | {_percent(before)} | {_percent(report['after'].get(key))} |")
     return "\n".join(lines)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset, load_from_disk
 
-from ..hub.safe_data import check_data_folder, check_references
+from ..hub.safe_data import RefusedDataError, check_data_folder, check_hub_data, check_references
 from .columns import image_and_label, with_classes
 from .image_data import DIGITS, NAMED_IMAGES, NamedImages, named_images, squares
 
@@ -190,7 +190,7 @@ def load_splits(
     """The splits of a data set: a Hub id, a folder or a parquet file.
 
     Raises:
-        ValueError: when there is none, or it cannot be read.
+        ValueError: when there is none, it cannot be read, or it names data elsewhere.
     """
     is_local = os.path.exists(path)
     if not is_local and (path.startswith((".", "/", "~")) or path.endswith(".parquet") or not path):
@@ -199,6 +199,8 @@ def load_splits(
     try:
         if os.path.isdir(path):
             check_data_folder(folder)
+        elif not is_local:
+            check_hub_data(path, revision, token)
         if is_local and os.path.isdir(path) and {"dataset_dict.json", "state.json"} & set(os.listdir(path)):
             found = load_from_disk(path)
         elif is_local and os.path.isfile(path):
@@ -209,8 +211,9 @@ def load_splits(
         for part in found.values():
             check_references(part, folder)
     except Exception as error:  # each reader raises kinds of its own
-        why = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
-        if is_local:
+        refused = isinstance(error, RefusedDataError)
+        why = (str(error if refused else error.__cause__ or error).splitlines() or [type(error).__name__])[0]
+        if is_local or refused:
             raise ValueError(f"The data set {path!r} cannot be read: {why}") from error
         raise ValueError(
             f"No data set {path!r} on disk or on the Hub (misspelt, offline, or private: `hf auth login`): {why}"
