@@ -153,6 +153,7 @@ def make_card(
         method=FIP if report["method"] == "fip" else f"`{in_markdown(report['method'])}`, to compare FIP with,",
         attack=in_markdown(report["attack"] or "not known"),
         denominator=in_markdown(card["denominator"], _LONGEST_SENTENCE),
+        chosen_by=report["arguments"].get("metric_for_best_model"),
         evaluate=card.get("evaluate") and in_markdown(card["evaluate"]),
         seed=int(report["seed"]),
         rows=_rows(report),
