@@ -138,6 +138,12 @@ def test_the_numbers_are_those_of_the_report():
     assert table_of(text, "| argument | value |") == [["`eta_f`", "`0.2`"]]
 
 
+@pytest.mark.parametrize("place", [".", "someone/purified"])
+def test_the_command_that_measures_again_names_the_model(place):
+    words = report_of()["card"] | {"evaluate": "detection --answers labels"}
+    assert f"`hf-fip evaluate detection {place} --answers labels` measures" in str(card_from(place, card=words))
+
+
 def test_what_was_not_measured_is_said_to_be_so():
     unknown = {"accuracy": 90.0, "asr": None, "ra": None}
     card = card_from(before=unknown, after=unknown, der=None, attack=None)

@@ -139,6 +139,7 @@ def make_card(
     )
     for key in _FREE.intersection(card.get("metadata", {})):
         setattr(data, key, card["metadata"][key])
+    place = place if place == HERE or _HUB_ID.fullmatch(place) else HERE
     arguments = {name: value for name, value in report["arguments"].items() if name not in _SAID_ABOVE}
     return ModelCard.from_template(
         data,
@@ -154,7 +155,7 @@ def make_card(
         attack=in_markdown(report["attack"] or "not known"),
         denominator=in_markdown(card["denominator"], _LONGEST_SENTENCE),
         chosen_by=report["arguments"].get("metric_for_best_model"),
-        evaluate=card.get("evaluate") and in_markdown(card["evaluate"]),
+        evaluate=card.get("evaluate") and _evaluation(card["evaluate"], place),
         seed=int(report["seed"]),
         rows=_rows(report),
         arguments=[(in_markdown(name), in_markdown(value)) for name, value in sorted(arguments.items())],
@@ -165,11 +166,17 @@ def make_card(
         imports=_imports(card["library"], card["class"], card["processor_class"]),
         load_class=_identifier(card["class"]),
         processor_class=card["processor_class"] and _identifier(card["processor_class"]),
-        place=place if place == HERE or _HUB_ID.fullmatch(place) else HERE,
+        place=place,
         is_adapter=is_adapter,
         switched_off=_shown("asr", (report["adapter_switched_off"] or {}).get("asr")),
         base=base or "path/to/the/received/model",
     )
+
+
+def _evaluation(words: str, place: str) -> str:
+    """The words after `hf-fip evaluate`: the task, the model and what else the task needs."""
+    task, *options = words.split()
+    return in_markdown(" ".join((task, place, *options)))
 
 
 def _rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
