@@ -163,7 +163,7 @@ def test_places_on_the_makers_disk_are_not_told(tmp_path):
 def test_an_adapters_card_says_how_to_switch_it_off():
     text = str(card_from(adapter_switched_off={"accuracy": 96.125, "asr": 98.25, "ra": 0.0}))
     assert "backdoor and all (ASR 98.2 %)" in text and "310,234 bytes saved" in text
-    assert 'from_pretrained("someone/model", use_safetensors=True)' in text
+    assert 'from_pretrained("someone/model", revision="0123abc", use_safetensors=True)' in text
     assert "disable_adapter" in text and "merge_and_unload" in text
     assert "disable_adapter" not in str(card_from())
 

@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..evaluation.metrics import METRICS
-from .safety import LONGEST_REPORT, read_object
+from .safety import LONGEST_REPORT, commit_of, is_revision, read_object
 from .text import in_markdown, one_line
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -78,7 +78,7 @@ def provenance(folder: Path | None) -> dict[str, str | None]:
             said = {}
     license = said.get("license")
     return {
-        "revision": folder.name if folder.parent.name == "snapshots" else None,
+        "revision": commit_of(folder),
         "sha256": digest.hexdigest(),
         "license": license if isinstance(license, str) and _LICENSE.fullmatch(license) else None,
         **{key: one_line(said[key]) if isinstance(said.get(key), str) else None for key in _LICENSE_KEYS},
@@ -125,6 +125,7 @@ def make_card(
     base = base if base and _HUB_ID.fullmatch(base) else None  # it goes into code
     is_adapter = report["adapter_switched_off"] is not None
     of_base = report["received"]
+    is_known = base == report["model"] and is_revision(of_base["revision"])
     data = ModelCardData(
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag=card["pipeline_tag"],
@@ -170,6 +171,7 @@ def make_card(
         is_adapter=is_adapter,
         switched_off=_shown("asr", (report["adapter_switched_off"] or {}).get("asr")),
         base=base or "path/to/the/received/model",
+        revision=of_base["revision"] if is_known else None,
     )
 
 

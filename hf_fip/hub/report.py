@@ -75,7 +75,7 @@ def report_of(trainer, metadata: dict[str, Any]) -> dict[str, Any]:
             "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         }
     try:
-        source = admit(name)
+        source = admit(name, revision=getattr(getattr(received, "config", None), "_commit_hash", None))
     except ValueError:  # a module that was made here
         source = None
     info = getattr(trainer.train_dataset, "info", None)

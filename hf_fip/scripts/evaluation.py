@@ -185,7 +185,8 @@ def _report(task, data_arguments, attack_arguments, loading, evaluation, measuri
     source = _attack_source(evaluation, folder, purification)
     recorded = recorded_split(source)
     split_seed = _seed_of_split(data_arguments, purification, recorded, measuring.seed)
-    model, processor = task.load_model(str(folder), loading, base_model=evaluation.base_model)
+    of_base = loading.model_revision if Path(place).is_dir() else None  # a Hub id's revision is its own
+    model, processor = task.load_model(str(folder), loading, base_model=evaluation.base_model, revision=of_base)
     data = task.match(task.load_data(data_arguments, split_seed), model)
     attack = task.attack(attack_arguments, source, data)
     if recorded and recorded["out_of"] != len(data.train):
