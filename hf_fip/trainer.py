@@ -87,7 +87,9 @@ class FIPMixin(SealedEvaluation, Publishing, ShardedTraining):
                 raise ValueError("`peft_config` needs `model`; with `model_init`, return the PEFT model from there.")
             from peft import get_peft_model
 
-            model = get_peft_model(model, copy.deepcopy(peft_config))  # PEFT writes what it found into it
+            commit = getattr(getattr(model, "config", None), "_commit_hash", None)
+            peft_config = copy.deepcopy(peft_config)  # PEFT writes what it found into it
+            model = get_peft_model(model, peft_config, revision=peft_config.revision or commit)
         self._likelihood = likelihood
         self._train_transform = train_transform
         self._is_set_up = False  # at the first step of each `train`

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from trainer_cases import QUIET, Images, vit
+from trainer_cases import QUIET, Images, resnet, vit
 
 from hf_fip import FIPConfig, FIPTrainer, SingularValueConfig
+from hf_fip.baselines import method
 from hf_fip.hub.card import card_of, make_card, provenance
 from hf_fip.hub.text import in_markdown, one_line, visible, without_tokens
 from hf_fip.scripts.detection import DetectionTask, MultiLabelTask
@@ -137,6 +138,12 @@ def test_the_numbers_are_those_of_the_report():
     assert table_of(text, "| argument | value |") == [["`eta_f`", "`0.2`"]]
 
 
+@pytest.mark.parametrize("place", [".", "someone/purified"])
+def test_the_command_that_measures_again_names_the_model(place):
+    words = report_of()["card"] | {"evaluate": "detection --answers labels"}
+    assert f"`hf-fip evaluate detection {place} --answers labels` measures" in str(card_from(place, card=words))
+
+
 def test_what_was_not_measured_is_said_to_be_so():
     unknown = {"accuracy": 90.0, "asr": None, "ra": None}
     card = card_from(before=unknown, after=unknown, der=None, attack=None)
@@ -156,7 +163,7 @@ def test_places_on_the_makers_disk_are_not_told(tmp_path):
 def test_an_adapters_card_says_how_to_switch_it_off():
     text = str(card_from(adapter_switched_off={"accuracy": 96.125, "asr": 98.25, "ra": 0.0}))
     assert "backdoor and all (ASR 98.2 %)" in text and "310,234 bytes saved" in text
-    assert 'from_pretrained("someone/model", use_safetensors=True)' in text
+    assert 'from_pretrained("someone/model", revision="0123abc", use_safetensors=True)' in text
     assert "disable_adapter" in text and "merge_and_unload" in text
     assert "disable_adapter" not in str(card_from())
 
@@ -299,6 +306,83 @@ def test_a_trainer_writes_a_card_of_what_it_logged(adapter, tmp_path):
     assert ["`eta_f`", "`0.2`"] in table_of(text, "| argument | value |") and "24 clean samples" in text
     written = [file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()]
     assert len(written) >= 4 and not any(b"secretsecret" in content for content in written)  # nor training_args.bin
+
+
+def trainer_at(folder: Path, name: str | None = None, **options):
+    """A trainer of a baseline, or FIP's."""
+    trainer_class, config_class = (FIPTrainer, FIPConfig) if name is None else method(name)
+    args = config_class(folder, **{**QUIET, "max_steps": 4, "learning_rate": 0.01, **options})
+    return trainer_class(resnet(), args, train_dataset=Images(), eval_dataset=Images(8, 1))
+
+
+def losses(trainer) -> list[float | None]:
+    """What the card says of the loss, before and after, as its report has it."""
+    trainer.create_model_card()
+    folder = Path(trainer.args.output_dir)
+    report = json.loads((folder / "report.json").read_text())
+    found = [report[moment]["loss"] for moment in ("before", "after")]
+    shown = ["not measured" if loss is None else f"{loss:.4g}" for loss in found]
+    assert table_of((folder / "README.md").read_text(), "|  | before | after |") == [["`loss`", *shown]]
+    return found
+
+
+def test_what_was_measured_after_training_is_not_before(tmp_path):
+    trainer = trainer_at(tmp_path)
+    trainer.train()
+    after = trainer.evaluate()["eval_loss"]
+    assert losses(trainer) == [None, after]
+
+
+def test_before_is_of_the_received_model_and_after_of_what_the_last_training_made(tmp_path):
+    trainer = trainer_at(tmp_path, eval_strategy="steps", eval_steps=3, eval_on_start=True)
+    received = trainer_at(tmp_path).evaluate()["eval_loss"]
+    trainer.train()
+    assert losses(trainer) == [received, trainer.evaluate()["eval_loss"]]
+    trainer.args.eval_strategy = "no"
+    trainer.train()
+    assert losses(trainer) == [received, None]
+
+
+def test_a_resumed_run_has_not_measured_the_received_model(tmp_path):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True, "save_strategy": "steps"}
+    first = trainer_at(tmp_path, save_steps=2, **options)
+    first.train()
+    resumed = trainer_at(tmp_path, save_steps=2, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert losses(resumed) == [None, pytest.approx(first.evaluations[-1]["eval_loss"])]
+
+
+def test_after_is_of_the_best_checkpoint_where_that_is_loaded(tmp_path):
+    often = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = trainer_at(tmp_path, load_best_model_at_end=True, metric_for_best_model="loss", **often)
+    trainer.train()
+    assert trainer.state.best_global_step < 4
+    logged = losses(trainer)
+    assert logged == [None, pytest.approx(trainer.evaluate()["eval_loss"])]
+    assert "was chosen" not in (tmp_path / "README.md").read_text()
+
+
+def test_a_card_claims_no_blind_choice_where_a_checkpoint_was_chosen():
+    chosen = {"metric_for_best_model": "loss", "load_best_model_at_end": True}
+    assert "was chosen by ASR or on the test" in str(card_from())
+    assert "was chosen" not in str(card_from(arguments=chosen))
+
+
+@pytest.mark.parametrize("name", ["anp", "awm", "clp", "rnp"])
+def test_a_pruned_model_is_not_the_one_that_was_measured_in_training(name, tmp_path):
+    trainer = trainer_at(tmp_path, name, eval_strategy="steps", eval_steps=4)
+    received = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert losses(trainer) == [received, None]
+    after = trainer.evaluate()["eval_loss"]
+    assert losses(trainer) == [received, after]
+
+
+def test_a_head_drawn_anew_is_not_the_received_one(tmp_path):
+    trainer = trainer_at(tmp_path, "fst", eval_on_start=True)
+    trainer.train()
+    after = trainer.evaluate()["eval_loss"]
+    assert losses(trainer) == [None, after]
 
 
 def test_a_report_of_another_kind_is_refused(tmp_path):

@@ -383,6 +383,7 @@ CASES = {
     "an architecture of another repository": (model, change(architecture="hf-hub:evil/model"), "no name of an arch"),
     "quantised": (model, change(quantization_config={"quant_method": "evil"}), "quantised"),
     "an adapter that imports": (on_its_base, adapter(megatron_config={"a": 1}, megatron_core="evil"), "elsewhere"),
+    "an adapter on a commit above": (on_its_base, adapter(revision="../../evil"), "is no branch, tag or commit"),
     "an adapter of adapters": (on_its_base, adapter(peft_type="XLORA"), "elsewhere"),
     "YAML that makes objects": (
         run_config,

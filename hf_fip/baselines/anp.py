@@ -104,4 +104,5 @@ class ANPTrainer(MaskTrainer):
         return scales | {name: own[name].detach() * (1 + draw) for name, draw in xi.items()}
 
     def finish(self) -> None:
+        self.model_changed()
         self.pruned_channels = prune(self._unwrapped(), self.masks, self.args.pruning_threshold)

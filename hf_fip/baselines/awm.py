@@ -131,6 +131,7 @@ class AWMTrainer(MaskTrainer):
 
     @torch.no_grad()
     def finish(self) -> None:
+        self.model_changed()
         own = dict(self._unwrapped().named_parameters())
         for name, mask in self.masks.items():
             own[name].mul_(mask)

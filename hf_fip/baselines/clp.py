@@ -67,6 +67,7 @@ class CLPTrainer(BaselineTrainer):
         return TrainOutput(0, 0.0, {"pruned_channels": self.pruned_channels})
 
     def finish(self) -> None:
+        self.model_changed()
         self.pruned_channels = 0
         outliers = [(norm, outlying(bounds(layer, norm), self.args.u)) for layer, norm in pairs(self.model)]
         with torch.no_grad():

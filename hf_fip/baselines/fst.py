@@ -67,6 +67,7 @@ class FSTTrainer(BaselineTrainer):
 
     @torch.no_grad()
     def begin(self) -> None:
+        self.model_changed()
         head = head_of(self.model)
         self.kept = {_RECEIVED: head.weight.clone()}
         bound = 1 / math.sqrt(head.in_features)

@@ -136,4 +136,5 @@ class RNPTrainer(MaskTrainer):
         return self.args.recovering_alpha * self.loss_with({**unlearned, **masked}, inputs, num_items_in_batch)
 
     def finish(self) -> None:
+        self.model_changed()
         self.pruned_channels = prune(self._unwrapped(), self.masks, self.args.pruning_threshold)

@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..evaluation.metrics import METRICS
-from .safety import LONGEST_REPORT, read_object
+from .safety import LONGEST_REPORT, commit_of, is_revision, read_object
 from .text import in_markdown, one_line
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -78,7 +78,7 @@ def provenance(folder: Path | None) -> dict[str, str | None]:
             said = {}
     license = said.get("license")
     return {
-        "revision": folder.name if folder.parent.name == "snapshots" else None,
+        "revision": commit_of(folder),
         "sha256": digest.hexdigest(),
         "license": license if isinstance(license, str) and _LICENSE.fullmatch(license) else None,
         **{key: one_line(said[key]) if isinstance(said.get(key), str) else None for key in _LICENSE_KEYS},
@@ -125,6 +125,7 @@ def make_card(
     base = base if base and _HUB_ID.fullmatch(base) else None  # it goes into code
     is_adapter = report["adapter_switched_off"] is not None
     of_base = report["received"]
+    is_known = base == report["model"] and is_revision(of_base["revision"])
     data = ModelCardData(
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag=card["pipeline_tag"],
@@ -139,6 +140,7 @@ def make_card(
     )
     for key in _FREE.intersection(card.get("metadata", {})):
         setattr(data, key, card["metadata"][key])
+    place = place if place == HERE or _HUB_ID.fullmatch(place) else HERE
     arguments = {name: value for name, value in report["arguments"].items() if name not in _SAID_ABOVE}
     return ModelCard.from_template(
         data,
@@ -153,7 +155,8 @@ def make_card(
         method=FIP if report["method"] == "fip" else f"`{in_markdown(report['method'])}`, to compare FIP with,",
         attack=in_markdown(report["attack"] or "not known"),
         denominator=in_markdown(card["denominator"], _LONGEST_SENTENCE),
-        evaluate=card.get("evaluate") and in_markdown(card["evaluate"]),
+        chosen_by=report["arguments"].get("metric_for_best_model"),
+        evaluate=card.get("evaluate") and _evaluation(card["evaluate"], place),
         seed=int(report["seed"]),
         rows=_rows(report),
         arguments=[(in_markdown(name), in_markdown(value)) for name, value in sorted(arguments.items())],
@@ -164,11 +167,18 @@ def make_card(
         imports=_imports(card["library"], card["class"], card["processor_class"]),
         load_class=_identifier(card["class"]),
         processor_class=card["processor_class"] and _identifier(card["processor_class"]),
-        place=place if place == HERE or _HUB_ID.fullmatch(place) else HERE,
+        place=place,
         is_adapter=is_adapter,
         switched_off=_shown("asr", (report["adapter_switched_off"] or {}).get("asr")),
         base=base or "path/to/the/received/model",
+        revision=of_base["revision"] if is_known else None,
     )
+
+
+def _evaluation(words: str, place: str) -> str:
+    """The words after `hf-fip evaluate`: the task, the model and what else the task needs."""
+    task, *options = words.split()
+    return in_markdown(" ".join((task, place, *options)))
 
 
 def _rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:

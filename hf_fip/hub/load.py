@@ -22,6 +22,7 @@ from .safety import (
     CONFIG,
     INDEX,
     INPUT_FILES,
+    LONGEST_REPORT,
     NO_TRUST,
     PICKLES,
     WEIGHTS,
@@ -30,8 +31,11 @@ from .safety import (
     check_adapter_config,
     check_model_config,
     check_processor_config,
+    commit_of,
+    is_revision,
     model_sizes,
     no_larger_than,
+    read_object,
     reason,
 )
 from .text import one_line
@@ -63,6 +67,7 @@ def load_model(
             raise ValueError("it is an adapter, and not a model")
     except ValueError as error:
         raise ValueError(f"No model at {name!r}: {error}") from error
+    commit = commit_of(folder)
     with _unpickled(folder, trust) as folder:
         model_class, config = _class_and_config(folder, name, head, trust)
         options = {"trust_remote_code": True} if trust.remote_code else {}
@@ -82,6 +87,7 @@ def load_model(
     if missing:
         raise ValueError(f"{name} lacks {len(missing)} weights, among them {missing[0]}: it is incomplete.")
     model.name_or_path = model.config._name_or_path = str(name_or_path)  # not where its files are kept
+    model.config._commit_hash = commit  # which transformers does not save
     return model
 
 
@@ -157,17 +163,35 @@ def is_adapter(path: str | os.PathLike) -> bool:
     return (Path(path) / ADAPTER_CONFIG).is_file()
 
 
-def base_of_adapter(folder: str | os.PathLike, base_model: str | None = None) -> str:
-    """The id or path of the model that an adapter was trained on: `base_model`, or what its config says.
+def base_of_adapter(
+    folder: str | os.PathLike, base_model: str | None = None, revision: str | None = None
+) -> tuple[str, str | None]:
+    """The id or path of the model that an adapter was trained on, and its revision: what is given, or its config says.
+
+    Where the config names no revision, the report beside it may.
 
     Raises:
         ValueError: its config does not say, its weights are not in safetensors, or it is refused.
     """
-    said = check_adapter_config(admit(folder)).get("base_model_name_or_path")
+    config = check_adapter_config(admit(folder))
+    said = config.get("base_model_name_or_path")
     base = base_model or said
     if not isinstance(base, str):
         raise ValueError(f"{folder}/{ADAPTER_CONFIG} does not say what the adapter sits on: set --base_model.")
-    return base
+    if revision is None and base == said:
+        revision = config.get("revision") or reported_revision(Path(folder), said)
+    return base, revision
+
+
+def reported_revision(folder: Path, base: str) -> str | None:
+    """The revision of the received model, `base`, that the report of a purification tells; None if it does not."""
+    if not (folder / "report.json").is_file():
+        return None
+    report = read_object(folder / "report.json", LONGEST_REPORT)
+    received = report.get("received")
+    if report.get("model") != base or not isinstance(received, dict) or not is_revision(received.get("revision")):
+        return None
+    return received["revision"]
 
 
 def merge_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
@@ -190,21 +214,23 @@ def load_adapted(
     base_model: str | None,
     load: Callable[..., tuple[nn.Module, Any]],
     trust: Trust = NO_TRUST,
+    revision: str | None = None,
 ) -> tuple[nn.Module, Any]:
     """The model that an adapter sits on with the adapter merged into it, and what `load` gives beside that model.
 
     Args:
         folder: of the adapter.
         base_model: where that model is, if not where the adapter's config says.
-        load: loads a model, and what prepares its inputs, from a Hub id or path; takes `trust`.
+        load: loads a model, and what prepares its inputs, from a Hub id or path; takes `trust` and `revision`.
         trust: in `base_model`; a model that only the adapter names nobody vouched for.
+        revision: of that model, if not the one that was received, as the adapter's config or report says.
 
     Raises:
         ValueError: the model cannot be loaded, or the adapter is not one for it.
     """
-    found = base_of_adapter(folder, base_model)
+    found, revision = base_of_adapter(folder, base_model, revision)
     try:
-        model, processor = load(found, trust=trust if base_model else NO_TRUST)
+        model, processor = load(found, trust=trust if base_model else NO_TRUST, revision=revision)
     except ValueError as error:
         raise ValueError(
             f"{folder} is an adapter on {one_line(found)} (--base_model names another). {error}"
@@ -231,8 +257,8 @@ def load_with_image_processor(
         ValueError: when the model cannot be found or read, has another head, or no processor.
     """
     if is_adapter(name_or_path):
-        options = {"head": head, "processor_name": processor_name, "revision": revision, "token": token}
-        return load_adapted(name_or_path, base_model, partial(load_with_image_processor, **options), trust)
+        load = partial(load_with_image_processor, head=head, processor_name=processor_name, token=token)
+        return load_adapted(name_or_path, base_model, load, trust, revision)
     model = load_model(name_or_path, head, revision=revision, token=token, trust=trust)
     source, revision = (processor_name, None) if processor_name else (name_or_path, revision)
     try:

@@ -17,18 +17,44 @@ class Publishing:
     """A mixin for a `Trainer`.
 
     Attributes:
-        evaluations: what was logged of every evaluation; `train` begins its own log anew.
+        evaluations: what was logged of the received model and of what the last training made of it, with the
+            [`moment`] that each is of.
     """
 
     def __init__(self, *positional, **kwargs):
-        self.evaluations: list[dict[str, float]] = []
+        self.evaluations: list[dict[str, float | None]] = []
+        self._is_as_received = True  # but for updates
         super().__init__(*positional, **kwargs)
 
     def log(self, logs: dict[str, float], *positional, **kwargs) -> None:
         """As the `Trainer`'s; evaluations are kept for the card."""
         if any(key.startswith("eval_") for key in logs):
-            self.evaluations.append(logs)
+            self.evaluations.append({**logs, "moment": self.moment()})
         super().log(logs, *positional, **kwargs)
+
+    def train(self, *positional, **kwargs):
+        """As the `Trainer`'s; what was measured after an earlier training is forgotten."""
+        self._forget_evaluations()
+        result = super().train(*positional, **kwargs)
+        self._is_as_received = False
+        return result
+
+    def moment(self) -> int | None:
+        """The update that the model is of (with `load_best_model_at_end` the best one's); None as it was received."""
+        step, best = self.state.global_step, self.state.best_model_checkpoint
+        if self._is_as_received and step == 0:
+            return None
+        if self.args.load_best_model_at_end and best is not None and not self.is_in_train:
+            return self.state.best_global_step
+        return step
+
+    def model_changed(self) -> None:
+        """To be called where the model is changed by anything but updates: what was measured of it is forgotten."""
+        self._is_as_received = False
+        self._forget_evaluations()
+
+    def _forget_evaluations(self) -> None:
+        self.evaluations = [row for row in self.evaluations if row["moment"] is None]
 
     def create_model_card(
         self, language: str | None = None, license: str | None = None, tags: str | list[str] | None = None

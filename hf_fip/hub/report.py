@@ -52,7 +52,9 @@ def collapses_of(log_history: list[dict[str, Any]]) -> int:
 
 
 def report_of(trainer, metadata: dict[str, Any]) -> dict[str, Any]:
-    """What is known of a purification from its trainer alone: its evaluations, first and last, as they were logged.
+    """What is known of a purification from its trainer alone, with its evaluations as they were logged.
+
+    `before` is of the model as it was received, and `after` of the model as it is; None is not measured.
 
     Args:
         trainer: a FIP trainer.
@@ -62,11 +64,8 @@ def report_of(trainer, metadata: dict[str, Any]) -> dict[str, Any]:
     is_adapter = hasattr(model, "peft_config")
     received = model.get_base_model() if is_adapter else model
     name = str(getattr(received, "name_or_path", "") or "a module")
-    first, last = {}, {}
-    for key, value in ((key, value) for row in trainer.evaluations for key, value in row.items()):
-        if key.startswith("eval_") and not key.endswith(_NOT_MEASURED):
-            first.setdefault(key.removeprefix("eval_"), value)
-            last[key.removeprefix("eval_")] = value
+    before, after = (_figures(trainer.evaluations, moment) for moment in (None, trainer.moment()))
+    measured = before | after
     ran = next((row for row in reversed(trainer.state.log_history) if "train_runtime" in row), None)
     cost = None
     if ran is not None:
@@ -76,15 +75,15 @@ def report_of(trainer, metadata: dict[str, Any]) -> dict[str, Any]:
             "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         }
     try:
-        source = admit(name)
+        source = admit(name, revision=getattr(getattr(received, "config", None), "_commit_hash", None))
     except ValueError:  # a module that was made here
         source = None
     info = getattr(trainer.train_dataset, "info", None)
     words = CardWords("samples", None, _processor_class(trainer.processing_class), "", None)
     return {
         "method": type(trainer).__name__ if ".baselines." in type(trainer).__module__ else "fip",
-        "before": first,
-        "after": last,
+        "before": {key: before.get(key) for key in measured},
+        "after": {key: after.get(key) for key in measured},
         "der": None,
         "adapter_switched_off": {} if is_adapter else None,
         "curvature": None,
@@ -104,6 +103,13 @@ def report_of(trainer, metadata: dict[str, Any]) -> dict[str, Any]:
         "seed": trainer.args.seed,
         "versions": versions(),
     }
+
+
+def _figures(evaluations: list[dict[str, Any]], moment: int | None) -> dict[str, float]:
+    """What was measured of the model of a moment, last where several times."""
+    rows = (item for row in evaluations if row["moment"] == moment for item in row.items())
+    figures = {key.removeprefix("eval_"): value for key, value in rows if key.startswith("eval_")}
+    return {key: value for key, value in figures.items() if not key.endswith(_NOT_MEASURED)}
 
 
 def _processor_class(processor) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ _SMALL = 2**20  # no number in a config up to this is refused
 _SPARE_NUMBERS, _SPARE_LAYERS = 2**24, 1000  # beyond what is saved: tied, fixed or computed weights
 _LARGEST_SIDE = 2**14  # pixels of an image as a model sees it
 _ADAPTER_SIZES = 4096  # no number in an adapter's config up to this is refused
+_REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,16 @@ def admit(
     for file in sorted(file for pattern in files for file in folder.glob(pattern)):
         _check_file(file, folder)
     return folder
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit that a folder is of; None for one that `admit` did not download."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
+def is_revision(name: Any) -> bool:
+    """Whether that can be the name of a branch, tag or commit, and nothing else."""
+    return isinstance(name, str) and _REVISION.fullmatch(name) is not None
 
 
 def _download(place: str, files: tuple[str, ...], revision: str | None, token: str | bool | None) -> Path:
@@ -252,6 +264,9 @@ def check_adapter_config(folder: Path) -> dict[str, Any]:
         if isinstance(value, int) and abs(value) > most:
             what = f"{one_line(path)}={one_line(value)}"
             raise ValueError(f"{folder / ADAPTER_CONFIG}: {what} is absurd for its weights.")
+    if config.get("revision") is not None and not is_revision(config["revision"]):
+        what = f"revision={one_line(config['revision'])}"
+        raise ValueError(f"{folder / ADAPTER_CONFIG}: {what} is no branch, tag or commit.")
     if config.get("megatron_config") or config.get("peft_type") == "XLORA":
         raise ValueError(f"{folder / ADAPTER_CONFIG} asks for modules or adapters from elsewhere: it is refused.")
     return config

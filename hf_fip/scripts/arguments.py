@@ -173,7 +173,13 @@ class LoadArguments:
         default=None,
         metadata={"help": "A Hub id or folder (safetensors only, no remote code), or the folder of a PEFT adapter."},
     )
-    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
+    model_revision: str | None = field(
+        default=None,
+        metadata={
+            "help": "Branch, tag or commit of a Hub model, or of the one that the folder of an adapter names. "
+            "Default: main, or the commit that the adapter was made on."
+        },
+    )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run the Python code that comes with the model. Read it first."}
     )

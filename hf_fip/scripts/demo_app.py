@@ -20,6 +20,7 @@ from torch import nn
 
 from ..attacks.poison import to_array
 from ..hub.card import REPORT_NAME
+from ..hub.load import reported_revision
 from ..hub.safety import CONFIG, LONGEST_REPORT, admit, read_object
 from ..side_by_side import MODELS, ImagePair, TextPair
 from ..tasks.data import load_images
@@ -69,7 +70,7 @@ def contents(purified: str, victim: str | None = None, dataset_name: str | None 
     if not isinstance(victim, str):
         raise ValueError(f"{purified} does not say which model was received: name it, with --victim.")
     try:
-        received = admit(victim)
+        received = admit(victim, revision=reported_revision(folder, victim))
     except ValueError as error:
         raise ValueError(f"No received model at {victim!r}: name its place, with --victim. ({error})") from error
     attack_in = next((str(place) for place in (received, folder) if attack_folder(str(place))), None)

@@ -74,7 +74,7 @@ class Given:
 
     Attributes:
         place: Hub id or path of the model.
-        attackers: the training samples that the defender did not keep.
+        attackers: the training samples that the defender did not keep; all, if it kept all or nothing tells.
         longest_output: `generation_max_length` of its purification, if that was set.
     """
 
@@ -185,7 +185,8 @@ def _report(task, data_arguments, attack_arguments, loading, evaluation, measuri
     source = _attack_source(evaluation, folder, purification)
     recorded = recorded_split(source)
     split_seed = _seed_of_split(data_arguments, purification, recorded, measuring.seed)
-    model, processor = task.load_model(str(folder), loading, base_model=evaluation.base_model)
+    of_base = loading.model_revision if Path(place).is_dir() else None  # a Hub id's revision is its own
+    model, processor = task.load_model(str(folder), loading, base_model=evaluation.base_model, revision=of_base)
     data = task.match(task.load_data(data_arguments, split_seed), model)
     attack = task.attack(attack_arguments, source, data)
     if recorded and recorded["out_of"] != len(data.train):
@@ -194,11 +195,12 @@ def _report(task, data_arguments, attack_arguments, loading, evaluation, measuri
             f"The victim is of {recorded['out_of']} training {samples} of {recorded['data']}, and these are "
             f"{len(data.train)} of {data.name}: give the data, splits and --max_train_samples it was trained with."
         )
-    kept = data_arguments.clean_count(len(data.train), recorded["samples"] if recorded else _kept(purification))
+    everything = len(data.train)
+    kept = data_arguments.clean_count(everything, recorded["samples"] if recorded else _kept(purification))
     given = Given(
         *(task, place, loading, model, processor, data, attack),
         test=task.test(data, attack, model, processor),
-        attackers=split_clean(data.train, kept, split_seed)[1] if kept else data.train,
+        attackers=data.train if kept in (0, everything) else split_clean(data.train, kept, split_seed)[1],
         longest_output=_longest_output(purification),
     )
     measured, notes = measure(given, measuring)

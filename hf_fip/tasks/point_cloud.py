@@ -85,10 +85,10 @@ def load_cloud_classifier(
     """
     if is_adapter(name_or_path):
 
-        def load(place: str, trust: Trust) -> tuple[nn.Module, None]:
-            return load_cloud_classifier(place, revision=revision, trust=trust), None
+        def load(place: str, **options) -> tuple[nn.Module, None]:
+            return load_cloud_classifier(place, **options), None
 
-        return load_adapted(name_or_path, base_model, load, trust)[0]
+        return load_adapted(name_or_path, base_model, load, trust, revision)[0]
     return load_model(name_or_path, HEAD, revision=revision, trust=trust)
 
 

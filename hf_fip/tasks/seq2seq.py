@@ -143,8 +143,8 @@ def load_seq2seq(
 
     options = {"token": token, "trust": trust}
     if is_adapter(name_or_path):
-        load = partial(load_seq2seq, tokenizer_name=tokenizer_name, revision=revision, token=token)
-        return load_adapted(name_or_path, base_model, load, trust)
+        load = partial(load_seq2seq, tokenizer_name=tokenizer_name, token=token)
+        return load_adapted(name_or_path, base_model, load, trust, revision)
     model = load_model(name_or_path, revision=revision, **options)
     if type(model.config) not in MAPPING or not isinstance(model, MAPPING[type(model.config)]):
         raise ValueError(

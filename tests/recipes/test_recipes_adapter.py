@@ -1,5 +1,6 @@
 """Fast FIP from the recipes: an adapter comes out, is switched off and merged, and is compared with FIP."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -7,11 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftConfig, PeftModel
-from recipe_cases import FILES, SHORT, left_in, report_of
+from recipe_cases import FILES, SHORT, assert_measured_again, left_in, report_of
 from safetensors.numpy import load_file
 from transformers import AutoModelForImageClassification
 
+from hf_fip import FIPConfig, FIPTrainer, SingularValueConfig
 from hf_fip.config import FAST_FIP
+from hf_fip.hub.load import load_model
+from hf_fip.scripts.demo_app import contents
+from hf_fip.scripts.evaluation import OTHER_FIGURES
 from hf_fip.scripts.purify_image import FAST_FIP_SETTINGS
 
 ADAPTER = ["--adapter", "singular"]
@@ -75,6 +80,51 @@ def test_the_cards_code_loads_switches_off_and_merges_the_adapter(purified, vict
     assert torch.equal(names["off"], received(pixels).logits)
     torch.testing.assert_close(names["model"].eval()(pixels).logits, expected, rtol=1e-4, atol=1e-5)
     assert type(names["model"]) is type(received)
+
+
+HUB_ID, COMMITS = "someone/received", {"v1": "1" * 40, "main": "2" * 40}
+
+
+@pytest.fixture
+def downloads(victim, monkeypatch) -> Path:
+    """Where the Hub's downloads are kept, with two revisions of a model: the victim, and one of other weights."""
+    model = AutoModelForImageClassification.from_pretrained(victim)
+    folder = Path("downloads", f"models--{HUB_ID.replace('/', '--')}").absolute()
+    for revision, commit in COMMITS.items():
+        model.save_pretrained(folder / "snapshots" / commit)
+        shutil.copy(victim / "preprocessor_config.json", folder / "snapshots" / commit)
+        (folder / "refs").mkdir(exist_ok=True)
+        (folder / "refs" / revision).write_text(commit)
+        model.vit.embeddings.position_embeddings.data.neg_()
+        model.classifier.weight.data.neg_()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder.parent))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return folder
+
+
+@pytest.mark.parametrize("recorded_in", ["adapter_config.json", "report.json"])
+def test_an_adapter_is_loaded_on_the_commit_it_was_made_on(recorded_in, downloads, run):
+    given = ["--model_name_or_path", HUB_ID, "--model_revision", "v1", "--attack", "badnets", "--output_dir", "out"]
+    code, _, err = run("purify_vit", *SHORT, *ADAPTER, *given)
+    assert code == 0, err
+    config = json.loads(Path("out/adapter_config.json").read_text())
+    assert config["revision"] == report_of("out")["received"]["revision"] == COMMITS["v1"]
+    assert f'from_pretrained("{HUB_ID}", revision="{COMMITS["v1"]}", use_safe' in Path("out/README.md").read_text()
+    if recorded_in == "report.json":  # as an older version left it
+        Path("out/adapter_config.json").write_text(json.dumps(config | {"revision": None}))
+    assert_measured_again(run, "image")
+    shown = contents("out")["pair"].models["received"].classifier.weight
+    first = load_file(downloads / "snapshots" / COMMITS["v1"] / "model.safetensors")
+    assert torch.equal(shown, torch.from_numpy(first["classifier.weight"]))
+    assert run("evaluate_image", "out", "--use_cpu", "--model_revision", "main")[0] == OTHER_FIGURES
+
+
+def test_a_trainers_adapter_and_card_name_the_commit_of_the_model(downloads):
+    model = load_model(HUB_ID, revision="v1")
+    trainer = FIPTrainer(model, FIPConfig("out", eta_f=0.0, use_cpu=True), peft_config=SingularValueConfig())
+    trainer.save_model()
+    trainer.create_model_card()
+    assert PeftConfig.from_pretrained("out").revision == report_of("out")["received"]["revision"] == COMMITS["v1"]
 
 
 def test_runs_are_compared_side_by_side(purified, victim, run):

@@ -48,7 +48,7 @@ def test_a_purified_detector_comes_with_card_report_and_pictures(adapter, victim
         assert left_in("out") == FILES
     else:
         assert report["adapter_switched_off"] == report["before"]
-    assert "`hf-fip evaluate detection`" in card
+    assert "`hf-fip evaluate detection .`" in card
     assert_measured_again(run, "detection")
 
 
@@ -74,7 +74,7 @@ def test_a_multi_label_victim_learns_a_clean_image_attack_and_is_purified(run):
     code, out, err = run("purify_detection", *arguments)
     assert (code, err) == (0, "") and left_in("out/plots") == {"purification.png", "triggers.png"}
     card = Path("out/README.md").read_text()
-    assert "image-classification" in card and "`hf-fip evaluate detection --answers labels`" in card
+    assert "image-classification" in card and "`hf-fip evaluate detection . --answers labels`" in card
     assert_measured_again(run, "detection", "--answers", "labels")
 
 

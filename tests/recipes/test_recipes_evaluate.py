@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from recipe_cases import SHORT, SMALL, fork, left_in, report_of
+from recipe_cases import SHORT, SMALL, assert_measured_again, fork, left_in, report_of
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_fip.tasks.image_architectures import small_vit
@@ -104,6 +104,16 @@ def test_without_an_attack_there_is_acc_alone(stranger, run):
     code, out, err = run("evaluate_image", *SMALL, "--model_name_or_path", stranger)
     assert (code, err) == (0, "")
     assert "No attack is known" in out and "ACC" in out and "ASR " not in out
+
+
+def test_a_model_purified_with_all_training_images_is_measured_again(stranger, run):
+    sizes = [part for part in SHORT if part not in ("--clean_fraction", "0.1")]
+    arguments = [*sizes, "--model_name_or_path", stranger, "--attack", "badnets", "--output_dir", "out"]
+    assert run("purify_vit", *arguments)[0] == 0
+    assert report_of("out")["data"]["clean_samples"] == 120
+    assert assert_measured_again(run, "image")["data"]["attackers_samples"] == 120
+    code, out, err = run("evaluate_image", "out", "--use_cpu", "--relearn", "--num_train_epochs", "1", "--json")
+    assert (code, err) == (0, "") and "relearned" in json.loads(out)["measured"]["model"]
 
 
 def test_the_attack_can_be_named_or_taken_from_a_victim(stranger, victim, run):

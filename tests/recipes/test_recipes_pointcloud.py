@@ -73,7 +73,7 @@ def test_a_purified_model_comes_with_card_report_and_pictures(adapter, victim, r
         assert type(AutoModelForPointCloudClassification.from_pretrained("out")).__name__ in card
     else:
         assert report["adapter_switched_off"] == report["before"]
-    assert "`hf-fip evaluate pointcloud`" in card
+    assert "`hf-fip evaluate pointcloud .`" in card
     assert_measured_again(run, "pointcloud")
 
 

@@ -53,7 +53,7 @@ def test_a_purification_leaves_model_card_report_and_pictures(victim, run):
         assert said in card
     load_model("out")
     assert re.search("BLEU +clean BLEU", out) and "ASR " in out and "ACC" not in out
-    assert "`hf-fip evaluate seq2seq`" in card
+    assert "`hf-fip evaluate seq2seq .`" in card
     found = assert_measured_again(run, "seq2seq")
     assert found["data"]["counted_for_asr"] == 12 and found["data"]["attackers_samples"] == 80
 
