@@ -21,8 +21,11 @@ RATES = (0.01, 0.05, 0.2)  # of plain fine-tuning with its own learning rate
 ETAS_F, PAPER_ETAS_F, ETAS_R = (0.0, 0.3, 1.0), (0.001, 0.01), (0.1, 1.0, 10.0)  # beside the defaults
 DISTURBED = ("ft", "ft_sam", "nad", "fst")  # baselines that are also given FIP's disturbances
 OWN_RATE = "fine-tuning, own rate"
+# BackdoorBench's configuration of NAD; its program makes 10 epochs, which are a few updates on so few images.
+NAD = {"num_train_epochs": 100.0, "lr_scheduler_type": "cosine", "weight_decay": 1e-4}
 FEW = ("FIP", "FIP, control (eta_f 0)", "Fast FIP", "ft", "ft, disturbed", "nad, disturbed")
 BASELINES = ("ft", "ft_sam", "nad", "fst", "i_bau")
+OTHERWISE = {"nad": NAD}  # arguments other than a baseline's defaults
 OF_CHANNELS = ("nft", "clp", "anp", "rnp", "awm")  # mask the channels or kernels of convolutional networks
 # What 8×8 pixels of gray need otherwise than the attacks' defaults (see benchmarks/attacks.py).
 DIGITS_ATTACKS = {
@@ -87,9 +90,10 @@ def purifiers(places: Places, family: str, augment: bool) -> list[Method]:
         Method(OWN_RATE, arguments=fip(family, eta_f=0.0), learning_rates=RATES, **shared),
         Method("Fast FIP", arguments=fast_fip(family), adapter=adapter(family), **ours),
         Method("Fast FIP, control (eta_f 0)", arguments=fast_fip(family, eta_f=0.0), adapter=adapter(family), **ours),
-        *(Method(name, name, **shared) for name in BASELINES),
+        *(Method(name, name, OTHERWISE.get(name, {}), **shared) for name in BASELINES),
+        Method("nad, 10 epochs", "nad", **shared),
         *(Method(name, name, **shared) for name in OF_CHANNELS if family == "resnet"),
-        *(Method(f"{name}, disturbed", name, **ours) for name in DISTURBED),
+        *(Method(f"{name}, disturbed", name, OTHERWISE.get(name, {}), **ours) for name in DISTURBED),
     ]
     if places.released_code and family == "resnet":
         for weight in RELEASED_WEIGHTS:

@@ -76,7 +76,8 @@ def push_folder(
                 "then this with --base_model and its id."
             )
         base = base or received
-        contents[ADAPTER_CONFIG] = json.dumps(config | {"base_model_name_or_path": base}, indent=2).encode()
+        of_base = {"base_model_name_or_path": base, "revision": config.get("revision") if base == received else None}
+        contents[ADAPTER_CONFIG] = json.dumps(config | of_base, indent=2).encode()
     else:
         model_sizes(folder)
     require_token(token)
