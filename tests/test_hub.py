@@ -157,12 +157,16 @@ def test_branches_and_pull_requests(hub, client, result, tmp_path):
     assert "cannot be pulled" in client("pull", REPO, tmp_path / "v3", revision="v3")["error"]
 
 
-def test_an_adapter_needs_a_base_that_others_have(hub, client, adapter):
+def test_an_adapter_needs_a_base_that_others_have(hub, client, adapter, tmp_path):
+    adapter = shutil.copytree(adapter, tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"revision": "0" * 40}))  # of another repository
     refused = client("push", adapter, REPO)["error"]
     assert "which others do not have" in refused and "--base_model" in refused and not hub.repositories
     assert "/commit/" in client("push", adapter, REPO, base_model="someone/received")
     files = hub.files(REPO)
-    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "someone/received"
+    pushed = json.loads(files["adapter_config.json"])
+    assert pushed["base_model_name_or_path"] == "someone/received" and pushed["revision"] is None
     front = metadata_of(files["README.md"].decode())
     assert front["base_model"] == "someone/received" and front["base_model_relation"] == "adapter"
     assert b"outputs/victims" not in b"".join(files.values())

@@ -153,7 +153,10 @@ USER_ERRORS = {
         ["--model_name_or_path", "ADAPTER", "--base_model", "wider"],
         "not an adapter for",
     ),
-    "a benign model of other classes": (["--model_name_or_path", "VICTIM", "--benign_model", "binary"], "knows some classes"),
+    "a benign model of other classes": (
+        ["--model_name_or_path", "VICTIM", "--benign_model", "binary"],
+        "knows some classes",
+    ),
     "a benign model of other order": (["--model_name_or_path", "VICTIM", "--benign_model", "turned"], "numbers its"),
     "a benign model of other size": (["--model_name_or_path", "VICTIM", "--benign_model", "wider"], "preprocesses"),
 }
