@@ -14,23 +14,14 @@ import pyarrow.compute as compute
 import yaml
 from datasets import Dataset, Image, Video, config
 from datasets.utils.file_utils import is_relative_path
-from huggingface_hub import RepoCard, hf_hub_download
+from huggingface_hub import RepoCard, get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.constants import HF_HUB_CACHE
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import EntryNotFoundError
 
-from .patience import insist
 from .safety import check_inside, read_object, reason
 from .text import one_line
 
-_DESCRIPTIONS = (
-    config.REPOCARD_FILENAME,
-    config.REPOYAML_FILENAME,
-)  # README.md; .huggingface.yaml, which overrides it
+_DESCRIPTIONS = (config.REPOCARD_FILENAME, config.REPOYAML_FILENAME)  # README.md; .huggingface.yaml, which wins
 
 
 class RefusedDataError(ValueError):
@@ -71,12 +62,13 @@ def check_hub_data(name: str, revision: str | None = None, token: str | bool | N
     options = {"repo_type": "dataset", "revision": revision, "token": token}
     for description in _DESCRIPTIONS:
         try:
-            file = insist(lambda file=description: hf_hub_download(name, file, **options), unanswered=False)
-        except (LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
-            return
+            url = hf_hub_url(name, description, repo_type="dataset", revision=revision)
+            get_hf_file_metadata(url, token=token)  # asks once, where a download would ask for half a minute
         except EntryNotFoundError:
             continue
-        _check_description(Path(file))
+        except Exception:  # of the client, its HTTP library or the network
+            return
+        _check_description(Path(hf_hub_download(name, description, **options)))
 
 
 def _check_description(file: Path) -> None:
