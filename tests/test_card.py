@@ -241,6 +241,14 @@ def test_no_text_gives_the_place_of_a_picture_that_stands_elsewhere():
     assert places_in(text + picture) and not places_in(in_markdown(text) + picture)
 
 
+def test_pictures_with_other_names_are_left_out(tmp_path):
+    (tmp_path / "plots").mkdir()
+    for name in ("triggers.png", "x](https:evil) ![y.png", "a b.png"):
+        (tmp_path / "plots" / name).touch()
+    (tmp_path / "report.json").write_text(json.dumps(report_of()))
+    assert places_in(str(card_of(tmp_path)).split("\n---\n", 1)[1]) == ["plots/triggers.png"]
+
+
 def places_in(text: str) -> list[str]:
     """What a page made of Markdown loads or links to."""
     page = pytest.importorskip("markdown_it").MarkdownIt().enable("table").render(text)

@@ -99,7 +99,9 @@ def make_tsv():
 
 
 def make_tsv_with_names():
-    Path("x.tsv").write_bytes(("de\tid\ten\n" + lines(GERMAN, "01234567", ENGLISH)).replace("\n", "\r\n").encode())
+    Path("x.tsv").write_bytes(
+        ("de\tid\ten\n" + lines(GERMAN, "01234567", ENGLISH)).replace("\n", "\r\n").encode("utf-8-sig")
+    )
     return "x.tsv", {"source": "en", "target": "de"}, (6, 2)
 
 

@@ -31,6 +31,7 @@ _SAID_ABOVE = ("model_name_or_path", "model_revision", "dataset_name", "seed")
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _FREE = {"language", "license", "tags"}  # what a trainer's user may set in the metadata
 _LICENSE_KEYS = ("license_name", "license_link")
+_PICTURE = re.compile(r"\w[\w.-]*\.png", re.ASCII)
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{1,60}")
 FIP = "**FIP** (Fisher Information guided Purification, CCS 2024)"
 
@@ -99,7 +100,8 @@ def card_of(folder: str | Path, place: str = HERE, base: str | None = None, name
     """
     folder = Path(folder)
     report = read_object(folder / REPORT_NAME, LONGEST_REPORT)
-    plots = [f"plots/{path.name}" for path in sorted((folder / "plots").glob("*.png"))]
+    pictures = (path.name for path in sorted((folder / "plots").glob("*.png")))
+    plots = [f"plots/{name}" for name in pictures if _PICTURE.fullmatch(name)]  # the names become Markdown
     name = name or (folder.resolve().name if place == HERE else place.rpartition("/")[2])
     try:
         return make_card(report, plots, name, place, base)

@@ -93,7 +93,7 @@ def _splits_of(path: str, config_name: str | None, has_names: bool, token, revis
 def _read_tsv(file: Path, has_names: bool) -> Dataset:
     """The lines of a file, two fields each or, with a line of names, as many as there are names."""
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # with a byte-order mark or without
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text: {error}") from error
     rows = [line.removesuffix("\r").split("\t") for line in lines]
