@@ -229,7 +229,7 @@ class MethodArguments:
     method: str = field(
         default=FIP,
         metadata={
-            "help": "FIP, or another purifier to compare it with, with the settings of its own paper: each has "
+            "help": "FIP, or another purifier to compare it with, as in its paper or in BackdoorBench: each has "
             "arguments of its own, see --method nad --help.",
             "choices": (FIP, *method_names()),
         },
