@@ -65,7 +65,7 @@ def _group(row: dict) -> str:
         varied.append(f"{cell['clean_samples']} clean images")
     name = victim["family"] if not victim["published"] else "benign" if row["der"] is None else "backdoored"
     if victim["attack"] == PUBLISHED_DEVELOPMENT:
-        varied.append("a victim on which settings were found")
+        varied.append("a development victim")
     return ", ".join([name, *varied])
 
 

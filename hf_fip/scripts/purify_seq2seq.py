@@ -8,7 +8,7 @@ report.json (everything measured) and plots/.
     python recipes/purify_seq2seq.py --adapter singular --output_dir outputs/adapter      (Fast FIP: a small adapter)
     accelerate launch recipes/purify_seq2seq.py --model_name_or_path someone/model --dataset_name wmt14 \\
         --dataset_config_name de-en --source en --max_train_samples 5000
-    python recipes/purify_seq2seq.py --eta_f 0 --output_dir outputs/control      (the same without the trace, to compare)
+    python recipes/purify_seq2seq.py --eta_f 0 --output_dir outputs/control    (the same without the trace)
 """
 
 from __future__ import annotations
