@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import has_length
 
+from ..evaluation.cost import trained_numbers
 from .card import CardWords, loading_of, provenance
 from .safety import admit
 
@@ -72,7 +73,7 @@ def report_of(trainer, metadata: dict[str, Any]) -> dict[str, Any]:
         cost = {
             "seconds": ran["train_runtime"],
             "seconds_per_step": ran["train_runtime"] / max(1, trainer.state.global_step),
-            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "trainable_parameters": trained_numbers(trainer.optimizer),
         }
     try:
         source = admit(name, revision=getattr(getattr(received, "config", None), "_commit_hash", None))

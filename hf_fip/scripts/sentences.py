@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from torch import nn
+
 from ..attacks import poison_pairs, trigger_pairs
 from ..attacks.sentences import SentenceAttack
 from ..config import FIPSeq2SeqConfig
@@ -178,9 +180,7 @@ class TextTask(Task):
 
     def load_model(self, place, arguments, **options):
         model, tokenizer = load_seq2seq(place, arguments.tokenizer_name, trust=arguments.trust(), **options)
-        if arguments.source_prefix is not None:
-            model.config.prefix = arguments.source_prefix
-        return model, tokenizer
+        return _prefixed(model, arguments), tokenizer
 
     def new_model(self, arguments, data):
         if arguments.tokenizer_name:
@@ -189,9 +189,7 @@ class TextTask(Task):
             tokenizer = train_tokenizer(data.train, arguments.vocab_size)
         tokenizer.model_max_length = arguments.max_tokens
         model = small_model(arguments.architecture, tokenizer, arguments.hidden_size)
-        if arguments.source_prefix is not None:
-            model.config.prefix = arguments.source_prefix
-        return model, tokenizer
+        return _prefixed(model, arguments), tokenizer
 
     def trainer_options(self, model, processor):
         return {"data_collator": collator(model, processor)}
@@ -218,6 +216,13 @@ class TextTask(Task):
 
     def draw(self, path, data, attack, model, answers):
         return plot_answers(_examples(attack, answers), path, attack.is_hit, f"Trigger: {attack.name}")
+
+
+def _prefixed(model: nn.Module, arguments: TextLoad) -> nn.Module:
+    """The model, with the prefix of its sources that was asked for."""
+    if arguments.source_prefix is not None:
+        model.config.prefix = arguments.source_prefix
+    return model
 
 
 def _examples(attack: SentenceAttack, answers: dict[str, dict]) -> list[dict]:
