@@ -40,7 +40,7 @@ from ..tasks.data import LabelledImages, split_clean
 from ..tasks.image_classification import PixelDataset, load_image_classifier, match_labels
 from .arguments import AttackArguments, HelpFormatter, Parser
 from .images import ImageData, channels_of, images_of, reading
-from .recorded import attack_of, check_data, recorded_split, report_in, victim_of
+from .recorded import attack_of, recorded_split, report_in, take_data_of, victim_of
 from .run_folder import RunFolder, write_json
 from .terminal import say
 
@@ -103,7 +103,7 @@ def analyze_curvature(
     folder = RunFolder(arguments.output_dir, given, overwrite=arguments.overwrite_output_dir)
     models = {"model": place} if arguments.vs is None else {"received": arguments.vs, "purified": place}
     for one in models.values():
-        check_data(one, data)
+        take_data_of(one, arguments.model_revision, data)
     source = arguments.vs or victim_of(report_in(place), place)
     recorded = recorded_split(source)
     split_seed = next(s for s in (data.split_seed, recorded and recorded["seed"], arguments.seed) if s is not None)

@@ -34,7 +34,7 @@ from ..tasks.data import LabelledImages, split_clean
 from ..tasks.image_classification import PixelDataset, load_image_classifier, match_labels
 from .arguments import HelpFormatter, Parser
 from .images import ImageData, channels_of, images_of
-from .recorded import check_data, recorded_split
+from .recorded import recorded_split, take_data_of
 from .run_folder import RunFolder, write_json
 from .terminal import say
 
@@ -102,7 +102,7 @@ def audit_image(place: str, data: ImageData, arguments: AuditArguments) -> None:
     folder = RunFolder(arguments.output_dir, given, overwrite=arguments.overwrite_output_dir)
     models = {"model": place} if arguments.vs is None else {"received": arguments.vs, "purified": place}
     for one in models.values():
-        check_data(one, data)
+        take_data_of(one, arguments.model_revision, data)
     recorded = recorded_split(place) or recorded_split(arguments.vs)
     split_seed = next(s for s in (data.split_seed, recorded and recorded["seed"], arguments.seed) if s is not None)
     images = images_of(data, split_seed)

@@ -5,7 +5,6 @@ The attack and the data are the model's own, or those of its purification, unles
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 import tempfile
@@ -26,17 +25,15 @@ from ..evaluation.backdoor import BackdoorTest
 from ..evaluation.metrics import METRICS
 from ..hub.card import REPORT_NAME
 from ..hub.report import non_default, versions
-from ..hub.safety import admit
 from ..tasks.data import split_clean
 from .arguments import COMMON_DEFAULTS, AttackArguments, DataArguments, LoadArguments, parse
-from .recorded import attack_folder, recorded_split, report_in, victim_of
+from .recorded import admitted, attack_folder, recorded_split, report_in, take_data, victim_of
 from .run_folder import RunFolder, write_json
 from .task import Data, Task
 from .terminal import say, show_progress
 
 OTHER_FIGURES = 3  # exit code: the report beside the model says something else than was measured
 TOLERANCE = 0.5  # points; another machine may answer an input in a few hundred otherwise
-_NOT_WHICH_DATA = ("clean_fraction", "clean_samples", "split_seed")
 
 
 @dataclass
@@ -176,12 +173,9 @@ def _report(task, data_arguments, attack_arguments, loading, evaluation, measuri
     place = loading.model_name_or_path
     if place is None:
         raise ValueError("Which model is to be evaluated? Set --model_name_or_path.")
-    try:
-        folder = admit(place, revision=loading.model_revision, trust=loading.trust())
-    except ValueError as error:
-        raise ValueError(f"No model at {place!r}: {error}") from error
+    folder = admitted(place, loading.model_revision, loading.trust())
     purification = report_in(folder)
-    as_reported = _take_data(data_arguments, purification)
+    as_reported = take_data(data_arguments, purification)
     source = _attack_source(evaluation, folder, purification)
     recorded = recorded_split(source)
     split_seed = _seed_of_split(data_arguments, purification, recorded, measuring.seed)
@@ -242,20 +236,6 @@ def _seed_of_split(data: DataArguments, purification: dict, recorded: dict | Non
     split_seed = purification.get("split_seed")
     seeds = (data.split_seed, recorded and recorded["seed"], split_seed, purification.get("seed"), otherwise)
     return next(seed for seed in seeds if isinstance(seed, int))
-
-
-def _take_data(data: DataArguments, purification: dict) -> bool:
-    """Fill in what the model was purified with where the user named nothing; whether the data are then the same."""
-    arguments = purification.get("arguments")
-    if not isinstance(arguments, dict):
-        return False
-    default = type(data)()
-    names = [one.name for one in dataclasses.fields(data) if one.name not in _NOT_WHICH_DATA]
-    for name in names:
-        value = arguments.get(name)
-        if type(value) in (str, int) and getattr(data, name) == getattr(default, name):
-            setattr(data, name, value)
-    return all(getattr(data, name) == arguments.get(name, getattr(default, name)) for name in names)
 
 
 def _kept(purification: dict) -> int:

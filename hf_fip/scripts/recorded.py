@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -9,9 +10,10 @@ from safetensors import SafetensorError
 from ..attacks import Attack, load_attack
 from ..attacks.base import CONFIG_NAME
 from ..hub.card import REPORT_NAME
-from ..hub.safety import ATTACK_FOLDER, LONGEST_REPORT, check_attack, read_object
-from ..hub.text import one_line
+from ..hub.safety import ATTACK_FOLDER, LONGEST_REPORT, NO_TRUST, Trust, admit, check_attack, read_object
 from .arguments import AttackArguments, DataArguments
+
+_NOT_WHICH_DATA = ("clean_fraction", "clean_samples", "split_seed")
 
 
 def attack_of(arguments: AttackArguments, model_folder: str | None, num_labels: int) -> Attack | None:
@@ -60,13 +62,40 @@ def victim_of(report: dict, otherwise: str) -> str:
     return victim if isinstance(victim, str) and Path(victim).is_dir() else otherwise
 
 
-def check_data(model_folder: str | None, data: DataArguments) -> None:
-    """Raise ValueError when nobody named the data and the model's folder tells of others than the default."""
-    report = report_in(model_folder)
-    recorded, of_run = recorded_split(model_folder), report.get("data")
-    name = recorded["data"] if recorded else of_run.get("name") if isinstance(of_run, dict) else None
-    if isinstance(name, str) and data.dataset_name == type(data)().dataset_name and name != data.dataset_name:
-        raise ValueError(f"{model_folder} is a model of {one_line(name)}: give its data, with --dataset_name.")
+def take_data(data: DataArguments, report: dict) -> bool:
+    """Fill in the data that a report's model was made with where the user named nothing; whether they are then the
+    same."""
+    arguments = report.get("arguments")
+    if not isinstance(arguments, dict):
+        return False
+    default = type(data)()
+    names = [one.name for one in dataclasses.fields(data) if one.name not in _NOT_WHICH_DATA]
+    for name in names:
+        value = arguments.get(name)
+        if type(value) in (str, int) and getattr(data, name) == getattr(default, name):
+            setattr(data, name, value)
+    return all(getattr(data, name) == arguments.get(name, getattr(default, name)) for name in names)
+
+
+def take_data_of(model: str, revision: str | None, data: DataArguments) -> None:
+    """The same for a model that may be on the Hub; its files are looked at first.
+
+    Raises:
+        ValueError: there is no such model, or a file of it is refused.
+    """
+    take_data(data, report_in(admitted(model, revision)))
+
+
+def admitted(model: str, revision: str | None, trust: Trust = NO_TRUST) -> Path:
+    """The folder of a model, as `hf_fip.hub.safety.admit` lets it in.
+
+    Raises:
+        ValueError: there is no such model, or a file of it is refused.
+    """
+    try:
+        return admit(model, revision=revision, trust=trust)
+    except ValueError as error:
+        raise ValueError(f"No model at {model!r}: {error}") from error
 
 
 def recorded_split(model_folder: str | None) -> dict | None:

@@ -109,10 +109,10 @@ def report_of(folder) -> dict:
 
 
 def of_other_data(victim, folder: str) -> None:
-    """A copy of a victim whose report says that it is of the data `folder`."""
+    """A copy of a victim whose report says that it was made of the images in the folder `gone`."""
     shutil.copytree(victim, folder)
     report = report_of(folder)
-    report["clean_split"]["data"] = folder
+    report["arguments"]["dataset_name"] = "./gone"
     Path(folder, "report.json").write_text(json.dumps(report))
 
 

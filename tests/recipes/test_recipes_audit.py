@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from recipe_cases import SHORT, left_in, of_other_data, report_of
 
-QUICK = ["--max_train_samples", "120", "--max_test_samples", "60", "--use_cpu", "--steps", "10"]
+QUICK = ["--use_cpu", "--steps", "10"]  # on the data that the victim tells of: 120 digits
 
 
 def test_the_folder_holds_report_and_picture_and_the_limits_are_said(victim, run):
@@ -61,7 +61,7 @@ USER_ERRORS = {
     "no model": ([], "the following arguments are required: MODEL"),
     "no such model": (["./nowhere"], "No model at './nowhere'"),
     "an adapter without weights": (["adapter"], "adapter has no adapter_model.safetensors"),
-    "other data": (["cifar10"], "cifar10 is a model of cifar10: give its data, with --dataset_name"),
+    "data that are gone": (["other"], "'./gone'"),
     "no such argument": (["VICTIM", "--step", "3"], "unknown: --step 3"),
     "too few classes": (["VICTIM", "--classes", "0,1"], "at least 3, and got 2"),
     "no such class": (["VICTIM", "--classes", "0,1,10"], "Class 10 is none of the model's"),
@@ -76,9 +76,9 @@ def test_a_users_error_is_one_line_and_leaves_nothing(case, victim, run):
     arguments, message = USER_ERRORS[case]
     Path("adapter").mkdir()
     Path("adapter/adapter_config.json").write_text("{}")
-    of_other_data(victim, "cifar10")
+    of_other_data(victim, "other")
     given = [victim if value == "VICTIM" else value for value in arguments]
     code, _, err = run("audit_image", *given[:1], *QUICK, *given[1:])
     assert code == 1 and err.startswith("error: ") and err.count("\n") == 1
     assert re.search(message, err)
-    assert left_in(".") <= {"adapter", "cifar10", "outputs"} and not list(Path().glob("outputs/*"))
+    assert left_in(".") <= {"adapter", "other", "outputs"} and not list(Path().glob("outputs/*"))

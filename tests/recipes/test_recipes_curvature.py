@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from recipe_cases import SHORT, SMALL, left_in, of_other_data, report_of
 
-QUICK = ["--max_train_samples", "120", "--max_test_samples", "30", "--use_cpu", "--eigenvalues", "2"]
+QUICK = ["--use_cpu", "--eigenvalues", "2"]  # on the data that the victim tells of: 120 digits, 60 to test
 QUICK += ["--tolerance", "0.1", "--probes", "2", "--density_runs", "1", "--landscape_points", "3"]
 PICTURES = {f"{name}{theme}.png" for name in ("landscape", "landscape_plane") for theme in ("", "-dark")}
 DENSITY = {"spectral_density.png", "spectral_density-dark.png"}
@@ -19,16 +19,16 @@ def test_the_folder_holds_report_and_pictures_and_the_limits_are_said(victim, ru
     assert left_in("outputs/curvature") == {"report.json", "plots"}
     assert left_in("outputs/curvature/plots") == PICTURES | DENSITY
     report = report_of("outputs/curvature")
-    assert report["data"] == {"name": "digits", "split": "test", "samples": 30}
+    assert report["data"] == {"name": "digits", "split": "test", "samples": 60}
     assert report["attack"] == "badnets" and report["arguments"]["probes"] == 2
     found = report["model"]
     assert found["lambda_max"] == found["eigenvalues"][0] >= found["eigenvalues"][1]
-    assert found["batch_norm"] == "eval" and found["product_form"] == "double_backward" and found["samples"] == 30
+    assert found["batch_norm"] == "eval" and found["product_form"] == "double_backward" and found["samples"] == 60
     assert found["landscape"]["losses"].keys() == {"clean", "triggered"}
     assert found["landscape"]["losses"]["clean"][1] == pytest.approx(found["loss"], rel=1e-6)
     table = [line for line in out.splitlines() if line[:1] in "┏┃┡│└"]
     assert max(map(len, table)) <= 80
-    for said in ("λ_max", "Tr H", "30 clean test images", "running statistics", "proves nothing", "double backward"):
+    for said in ("λ_max", "Tr H", "60 clean test images", "running statistics", "proves nothing", "double backward"):
         assert said in out
 
 
@@ -71,7 +71,7 @@ def test_help_names_the_arguments_and_says_what_curvature_does_not_prove(run):
 USER_ERRORS = {
     "no model": ([], "the following arguments are required: MODEL"),
     "no such model": (["./nowhere"], "No model at './nowhere'"),
-    "other data": (["cifar10"], "cifar10 is a model of cifar10: give its data, with --dataset_name"),
+    "data that are gone": (["other"], "'./gone'"),
     "no such argument": (["VICTIM", "--probe", "3"], "unknown: --probe 3"),
     "no such attack": (["VICTIM", "--attack", "badnet"], "badnet"),
     "no probes": (["VICTIM", "--probes", "0"], "probes=0"),
@@ -83,7 +83,7 @@ USER_ERRORS = {
 @pytest.mark.parametrize("case", USER_ERRORS)
 def test_a_users_error_is_one_line_and_leaves_nothing(case, victim, run):
     arguments, message = USER_ERRORS[case]
-    of_other_data(victim, "cifar10")
+    of_other_data(victim, "other")
     given = [victim if value == "VICTIM" else value for value in arguments]
     code, _, err = run("analyze_curvature", *given[:1], *QUICK, *given[1:])
     assert code == 1 and err.startswith("error: ") and err.count("\n") == 1
