@@ -19,6 +19,7 @@ SEEDS = (1, 2, 3)
 RELEASED_WEIGHTS = (0.5, 0.005)  # the released default, and what its author advises
 RATES = (0.01, 0.05, 0.2)  # of plain fine-tuning with its own learning rate
 ETAS_F, PAPER_ETAS_F, ETAS_R = (0.0, 0.3, 1.0), (0.001, 0.01), (0.1, 1.0, 10.0)  # beside the defaults
+TAKEN_OTHERWISE = {"fisher_labels": "empirical", "trace_interval": 1, "eta_f_schedule": "constant"}  # the trace
 DISTURBED = ("ft", "ft_sam", "nad", "fst")  # baselines that are also given FIP's disturbances
 OWN_RATE = "fine-tuning, own rate"
 # BackdoorBench's configuration of NAD; its program makes 10 epochs, which are a few updates on so few images.
@@ -159,10 +160,11 @@ def digits_adaptive(places: Places) -> list[Cell]:
 
 
 def digits_ablation(places: Places) -> list[Cell]:
-    """FIP with other weights: of the trace, of Tr F itself as in the paper, of the pull to the received weights."""
+    """FIP with other weights, of the trace, of Tr F itself (the paper), of the pull; and other ways to the trace."""
     paper = {"trace_form": "trace", "eta_f_schedule": "constant"}
     changes = [{}, *({"eta_f": value} for value in ETAS_F), *({"eta_f": value, **paper} for value in PAPER_ETAS_F)]
     changes += [{"eta_r": value} for value in ETAS_R]
+    changes += [{"eta_f": ETAS_F[-1], name: value} for name, value in TAKEN_OTHERWISE.items()]
     return [
         Cell(Victim(DIGITS, family, attack, seed, DIGITS_ATTACKS[attack]), method)
         for family in ("resnet", "vit")
@@ -174,7 +176,8 @@ def digits_ablation(places: Places) -> list[Cell]:
 
 
 def _name(changed: dict) -> str:
-    return ", ".join(["FIP", *(f"{key} {value}" for key, value in changed.items() if key != "eta_f_schedule")])
+    shown = {key: value for key, value in changed.items() if key != "eta_f_schedule" or "trace_form" not in changed}
+    return ", ".join(["FIP", *(f"{key} {value}" for key, value in shown.items())])
 
 
 def digits_typeset(places: Places) -> list[Cell]:
