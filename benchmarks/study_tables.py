@@ -46,7 +46,7 @@ def write(results: Path, suite: str, command: str, title: str, rows: list[dict],
     if missing:
         lines.append(f"{missing} of {missing + len(rows)} runs have not been made; their cells are empty.\n")
     for family, group in _grouped(finished, _group).items():
-        lines += [f"## {family}\n", *_summary(group), "", *_by_attack(group), ""]
+        lines += [f"## {family}\n", *_summary(group), "", *_by_attack(group)]
     lines += _failed([row for row in rows if "failed" in row])
     lines += _chosen_rates(finished)
     text = "\n".join(lines).rstrip() + "\n"
@@ -124,6 +124,8 @@ def _plain(value):
 def _by_attack(rows: list[dict]) -> list[str]:
     """ACC / ASR of each method on each attack, over the seeds; the victims' first."""
     attacks = list(dict.fromkeys(map(_attack, rows)))
+    if len(attacks) == 1:
+        return []  # the summary says it
     lines = ["| ACC / ASR | " + " | ".join(attacks) + " |", "|---" * (len(attacks) + 1) + "|"]
 
     def line(name: str, runs: list[dict], moment: str) -> str:
@@ -140,7 +142,7 @@ def _by_attack(rows: list[dict]) -> list[str]:
     weak = sorted({_attack(row) for row in received.values() if (row["before"]["asr"] or 100) < WEAK_VICTIM})
     if weak:
         lines.append(f"\nSome victims had an ASR below {WEAK_VICTIM:.0f} % before purification: {', '.join(weak)}.")
-    return lines
+    return [*lines, ""]
 
 
 def _failed(rows: list[dict]) -> list[str]:
@@ -181,9 +183,14 @@ def _draw(path: Path, rows: list[dict], title: str) -> None:
         complete = {method: _mean_of_seeds(runs) for method, runs in methods.items() if len(runs) == most}
         means[name] = sorted(complete.items(), key=lambda pair: pair[1]["der"].mean)
     longest = max(map(len, means.values()))
-    with figure(path, 5.6 * len(means), 1.4 + 0.24 * longest, layout="constrained") as drawn:
-        drawn.suptitle(textwrap.fill(title, 60 * len(means)), fontsize=10)
-        axes = drawn.subplots(1, 2 * len(means), squeeze=False)[0]
+    lines = 1 if len(means) <= 2 else 2  # a kind of model each
+    abreast = -(-len(means) // lines)
+    with figure(path, 5.6 * abreast, 0.4 + lines * (1 + 0.24 * longest), layout="constrained") as drawn:
+        drawn.suptitle(textwrap.fill(title, 60 * abreast), fontsize=10)
+        axes = drawn.subplots(lines, 2 * abreast, squeeze=False).flat
+        for unused in axes[2 * len(means) :]:
+            unused.remove()
+        axes = axes[: 2 * len(means)]
         for (name, methods), lost, asr in zip(means.items(), axes[::2], axes[1::2], strict=True):
             for place, (method, mean) in enumerate(methods):
                 colour = LIGHT.vermillion if "Fast" in method else LIGHT.blue if "FIP" in method else LIGHT.grey
