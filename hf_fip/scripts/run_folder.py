@@ -19,6 +19,9 @@ from .terminal import say
 
 ARGUMENTS_NAME = "arguments.json"
 
+# The arguments that name a model, or the folder of one, which a run reads.
+_MODELS = ("model", "model_name_or_path", "vs", "benign_model", "base_model", "clean_model", "attack_from")
+
 
 class RunFolder:
     """The output folder of one run.
@@ -48,6 +51,8 @@ class RunFolder:
             )
         if taken and not (self.final / REPORT_NAME).is_file():
             raise ValueError(f"{output_dir} is not what an earlier run left: choose another --output_dir.")
+        if taken and (lost := self._would_lose()):
+            raise ValueError(f"{output_dir} holds {lost}, which this run reads: choose another --output_dir.")
         above = next(folder for folder in self.final.parents if folder.exists())
         if not above.is_dir() or not os.access(above, os.W_OK):
             raise ValueError(f"{output_dir} cannot be made: {above} is no folder that you may write to.")
@@ -99,6 +104,14 @@ class RunFolder:
             shutil.rmtree(self.work)
             shutil.rmtree(replaced, ignore_errors=True)
         PartialState().wait_for_everyone()
+
+    def _would_lose(self) -> str | None:
+        """A model that the run reads and that lies in the folder it would replace."""
+        final = self.final.resolve()
+        for model in filter(None, map(self.arguments.get, _MODELS)):
+            if final in (place := Path(model).resolve(), *place.parents):
+                return model
+        return None
 
     def _recorded(self) -> dict | None:
         try:

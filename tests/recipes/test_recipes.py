@@ -285,18 +285,6 @@ def test_a_real_command_ends_with_code_1_and_its_one_line(tmp_path):
     assert left_in(tmp_path) == set()
 
 
-def test_a_finished_run_is_replaced_only_when_asked_to(victim, run):
-    arguments = [*SHORT, "--model_name_or_path", victim, "--output_dir", "out"]
-    assert run("purify_vit", *arguments)[0] == 0
-    found = (Path("out/report.json").read_text(), Path("out/report.json").stat().st_ino)
-    code, _, err = run("purify_vit", *arguments)
-    assert code == 1 and re.match("error: out is there already: .*--overwrite_output_dir.\n$", err)
-    assert (Path("out/report.json").read_text(), Path("out/report.json").stat().st_ino) == found
-    assert run("purify_vit", *arguments, "--overwrite_output_dir", "--eta_f", "0")[0] == 0
-    assert report_of("out")["arguments"]["eta_f"] == 0
-    assert left_in(".") == {"out"}
-
-
 def test_a_full_disk_is_one_line(victim, tmp_path):
     arguments = [*SHORT, "--model_name_or_path", victim, "--output_dir", "out"]
     code, err = fork("purify_vit", *arguments, cwd=tmp_path, largest_file=100_000)  # the weights take 300 kB
