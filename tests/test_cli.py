@@ -80,6 +80,7 @@ TASKS = {
     "none": ([], "image", []),
     "a word": (["pointcloud", "--seed", "1"], "pointcloud", ["--seed", "1"]),
     "an argument": (["--seed", "1", "--task", "seq2seq"], "seq2seq", ["--seed", "1"]),
+    "an argument of one word": (["--task=video", "--seed", "1"], "video", ["--seed", "1"]),
 }
 
 
@@ -105,11 +106,11 @@ def test_purify_takes_the_task(monkeypatch, capsys):
 def test_a_config_file_gives_arguments_which_the_command_line_wins_over(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("max_steps: 5\neta_f: 0.1\ndisturb: false\nlabels: [a, b]\nseed:\nlr_scheduler_kwargs: {a: 1}\n")
-    given = with_config(["pointcloud", "--eta_f", "0.2", "--config", str(file)])
-    assert given == [
-        *("pointcloud", "--max_steps", "5", "--eta_f", "0.1", "--disturb", "False", "--labels", "a", "b"),
-        *("--lr_scheduler_kwargs", '{"a": 1}', "--eta_f", "0.2"),
-    ]
+    for config in (["--config", str(file)], [f"--config={file}"]):
+        assert with_config(["pointcloud", "--eta_f", "0.2", *config]) == [
+            *("pointcloud", "--max_steps", "5", "--eta_f", "0.1", "--disturb", "False", "--labels", "a", "b"),
+            *("--lr_scheduler_kwargs", '{"a": 1}', "--eta_f", "0.2"),
+        ]
 
 
 CONFIGS = {"no mapping": "- a", "no YAML": "a: [", "no file": None, "an unknown name": "learning_rat: 1"}

@@ -14,8 +14,16 @@ TASKS = {
 DEFAULT = "image"
 
 
+def apart(name: str, arguments: list[str]) -> list[str]:
+    """The arguments with `name=value` as the two words `name value`."""
+    prefix = f"{name}="
+    return [word for one in arguments for word in (one.split("=", 1) if one.startswith(prefix) else [one])]
+
+
 def take_task(arguments: list[str], or_model: bool = False) -> str:
     """The task that a command line names, taken out of it: `pointcloud …`, `--task pointcloud …`, or the default.
+
+    `--task=pointcloud` is the same.
 
     Args:
         arguments: of the command line.
@@ -24,7 +32,7 @@ def take_task(arguments: list[str], or_model: bool = False) -> str:
     Raises:
         ValueError: there is no such task.
     """
-    name = DEFAULT
+    arguments[:], name = apart("--task", arguments), DEFAULT
     if arguments and not arguments[0].startswith("-") and (not or_model or arguments[0] in TASKS):
         name = arguments.pop(0)
     while "--task" in arguments:

@@ -24,6 +24,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from ..evaluation.metrics import COSTLY, METRICS
 from ..hub.text import visible, without_tokens
 from ..processes import are_on_cpu
+from .tasks import apart
 
 # What a wrong argument, file or place raises, or a full disk or memory; anything else is a bug with its traceback.
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, SafetensorError, torch.OutOfMemoryError)
@@ -66,11 +67,12 @@ def run(main: Callable[[], None]) -> None:
 
 
 def with_config(arguments: list[str]) -> list[str]:
-    """The arguments with those of `--config file.yaml` before them, which they win over.
+    """The arguments with those of `--config file.yaml`, or `--config=file.yaml`, before them, which they win over.
 
     Raises:
         ValueError: the file is not there, or is no YAML of names and values.
     """
+    arguments = apart("--config", arguments)
     if "--config" not in arguments:
         return arguments
     place = arguments.index("--config")
