@@ -69,6 +69,13 @@ def test_a_word_takes_its_recipes_arguments_and_reports_errors_in_a_line():
     assert ended.stderr.startswith("error: 'unheard' is not an attack: choose one of badnets, blend")
 
 
+@pytest.mark.parametrize("word", ["attacks", "compare", "card", "push", "pull", "demo-app", "completion"])
+def test_a_wrong_argument_of_a_short_word_is_one_line_too(word, monkeypatch, capsys):
+    code, out, err = in_process(monkeypatch, capsys, word, "--smells")
+    assert (code, out) == (1, "") and err.count("\n") == 1
+    assert err.startswith("error: ") and err.endswith("(--help lists all arguments)\n")
+
+
 def test_attacks_lists_every_attack_and_the_options_of_one(monkeypatch, capsys):
     listed = in_process(monkeypatch, capsys, "attacks")[1]
     assert [name for name in attack_names() if f" {name} " not in listed] == []

@@ -11,12 +11,13 @@ from pathlib import Path
 
 from ..evaluation.metrics import METRICS
 from ..hub.card import REPORT_NAME
+from .arguments import Parser
 from .terminal import file_size, say
 
 
 def main() -> None:
     """`recipes/compare_runs.py`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser((), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, help="output folders of purify recipes")
     reports = {folder: _report_of(folder) for folder in parser.parse_args().folders}
     _warn_of_other_victims(reports)
@@ -51,11 +52,12 @@ def _print_table(reports: dict[Path, dict]) -> None:
     for heading in ("", *(METRICS[key][0] for key in keys), "DER", "seconds", "trained", "saved"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=bool(heading))
     first = next(iter(reports.values()))
+    names = [folder.resolve().name for folder in reports]
     table.add_row("received", *_percentages(first["before"], keys), "", "", "", "", end_section=True)
-    for folder, report in reports.items():
+    for (folder, report), name in zip(reports.items(), names, strict=True):
         cost = report["cost"]
         table.add_row(
-            folder.name,
+            name if names.count(name) == 1 else str(folder),
             *_percentages(report["after"], keys),
             "" if report["der"] is None else f"{report['der']:.1f}",
             f"{cost['seconds']:.1f}",

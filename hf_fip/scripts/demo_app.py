@@ -27,6 +27,7 @@ from ..tasks.data import load_images
 from ..tasks.image_classification import load_image_classifier, match_labels
 from ..tasks.pairs import SOURCE, load_pairs
 from ..tasks.seq2seq import load_seq2seq
+from .arguments import Parser
 from .images import ImageTask
 from .recorded import attack_folder, attack_of
 from .sentences import TextTask
@@ -81,7 +82,7 @@ def contents(purified: str, victim: str | None = None, dataset_name: str | None 
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser((), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "model_name_or_path",
         nargs="?",

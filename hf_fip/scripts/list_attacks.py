@@ -11,11 +11,12 @@ import inspect
 from dataclasses import fields
 
 from ..attacks import BaseAttack, attack_class, attack_names, input_kinds
+from .arguments import Parser
 
 
 def main() -> None:
     """`hf-fip attacks`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser((), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", help="tell all about this one")
     name = parser.parse_args().name
     if name is None:

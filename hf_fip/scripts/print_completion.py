@@ -13,6 +13,7 @@ import re
 import sys
 from contextlib import redirect_stdout, suppress
 
+from .arguments import Parser
 from .tasks import DEFAULT, TASKS
 
 _SCRIPT = """\
@@ -34,7 +35,7 @@ complete -o filenames -F _hf_fip hf-fip
 
 def main() -> None:
     """`hf-fip completion`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser((), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shell", choices=("bash", "zsh"))
     shell = parser.parse_args().shell
     from ..cli import COMMANDS

@@ -10,12 +10,13 @@ import argparse
 import json
 
 from ..hub.push import pull
+from .arguments import Parser
 from .terminal import say
 
 
 def main() -> None:
     """`hf-fip pull`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser((), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("repo_id", metavar="REPO", help="id of the repository")
     parser.add_argument("--output_dir", help="where to; default: the name of the repository, here")
     parser.add_argument("--revision", help="branch, tag or commit; default: main")

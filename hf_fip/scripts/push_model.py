@@ -13,12 +13,13 @@ import argparse
 import json
 
 from ..hub.push import push_folder
+from .arguments import Parser
 from .terminal import say
 
 
 def main() -> None:
     """`hf-fip push`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser((), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", metavar="FOLDER", help="what a purification left")
     parser.add_argument("repo_id", metavar="REPO", help="id of the repository, name or owner/name")
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")

@@ -11,12 +11,13 @@ import shutil
 from pathlib import Path
 
 from ..hub.card import CARD_NAME, HERE, REPORT_NAME, card_of
+from .arguments import Parser
 from .terminal import say
 
 
 def main() -> None:
     """`hf-fip card`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser((), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", metavar="FOLDER", type=Path, help="what a purification left")
     parser.add_argument(
         "--to", type=Path, metavar="PLACE", help="write there, with report and plots, and not in FOLDER"
