@@ -160,6 +160,15 @@ def test_a_wrong_adapter_is_one_line_and_leaves_nothing(case, victim, run):
     assert re.search(message, err) and left_in(".") <= {"outputs"}
 
 
+def test_runs_of_one_name_are_told_apart_and_the_folder_here_has_one(purified, run, monkeypatch):
+    for place in ("a/fip", "b/fip", "other"):
+        shutil.copytree(purified[0], place)
+    _, out, _ = run("compare_runs", "a/fip", "b/fip", "other")
+    assert [name in out for name in ("│ a/fip ", "│ b/fip ", "│ other ")] == 3 * [True]
+    monkeypatch.chdir("a/fip")
+    assert "│ fip " in run("compare_runs", ".")[1]
+
+
 def test_comparing_what_is_no_run_is_refused(victim, run):
     code, _, err = run("compare_runs", "nowhere")
     assert code == 1 and "nowhere is not what a purify recipe left" in err and err.count("\n") == 1
