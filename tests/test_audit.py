@@ -90,6 +90,13 @@ def test_a_class_out_of_reach_has_the_size_of_the_whole_image_and_no_part_in_the
     assert report.flagged == []  # class 0 is small beside them, but they tell nothing of what is usual
 
 
+def test_a_model_with_broken_weights_is_refused_before_the_search():
+    model = Bars(backdoor=0.0)
+    model.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="not finite: its weights are broken"):
+        audit(model, *images())
+
+
 def test_the_model_is_left_as_it_was_found():
     model = Bars(backdoor=60.0).train()
     model.frozen = nn.Parameter(torch.ones(1), requires_grad=False)

@@ -236,6 +236,13 @@ def test_eigenvalues_that_have_not_converged_are_said_to_have_not():
     assert not found.converged and len(found.values) == 2 and max(found.errors) > 0
 
 
+def test_a_model_with_broken_weights_is_refused():
+    model, batch = doubled("linear")
+    next(model.parameters()).data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="not finite: its weights are broken"):
+        measure_curvature(model, [batch])
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -93,9 +93,12 @@ def measure_curvature(
         progress: show a bar that counts products.
 
     Raises:
-        ValueError: as [`Hessian`], and for numbers that are out of range.
+        ValueError: as [`Hessian`], for numbers that are out of range, and for a loss that is not finite.
     """
     hessian = Hessian(model, batches, likelihood=likelihood, product=product, reduce=reduce)
+    loss = hessian.value()
+    if not math.isfinite(loss):
+        raise ValueError("The model's loss on these data is not finite: its weights are broken.")
     with tqdm(desc="Hessian-vector products", disable=not progress, leave=False) as bar:
         hessian.after_product = bar.update
         largest = top_eigenvalues(hessian, top, tolerance=tolerance, max_steps=max_steps, seed=seed)
@@ -104,7 +107,7 @@ def measure_curvature(
         if density_runs:
             density = spectral_density(hessian, runs=density_runs, steps=density_steps, seed=seed)
     return Curvature(
-        loss=hessian.value(),
+        loss=loss,
         eigenvalues=largest.values,
         eigenvalue_errors=largest.errors,
         converged=largest.converged,

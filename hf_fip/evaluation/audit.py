@@ -125,7 +125,7 @@ def audit(
 
     Raises:
         ValueError: for fewer than three classes, a class the model does not have, one that has no image of another
-            class, or arguments that are not as above.
+            class, answers that are not finite, or arguments that are not as above.
     """
     _check(pixels, labels, share, steps=steps, images_per_step=images_per_step, batch_size=batch_size)
     parameter = next(model.parameters())
@@ -140,8 +140,10 @@ def audit(
 
     with RandomState.capture(pixels.device).replayed(), in_eval_mode(model):
         with torch.no_grad():
-            known = logits(pixels[:1]).shape[-1]
-        classes = _audited(classes, known, labels)
+            answers = torch.cat([logits(part) for part in pixels.split(batch_size)])
+        if not answers.isfinite().all():
+            raise ValueError("The model's answers to clean images are not finite: its weights are broken.")
+        classes = _audited(classes, answers.shape[-1], labels)
         inversion = Inversion(logits, pixels, labels, share, steps, images_per_step, batch_size, seed)
         with tqdm(total=2 * steps * len(classes), desc="Auditing", disable=not progress, leave=False) as bar:
             patches, perturbations = (inversion.run(kind, classes, bar.update) for kind in (Patch, Perturbation))
