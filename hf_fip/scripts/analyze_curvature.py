@@ -38,7 +38,7 @@ from ..hub.report import non_default, versions
 from ..processes import share, sum_over_processes
 from ..tasks.data import LabelledImages, split_clean
 from ..tasks.image_classification import PixelDataset, load_image_classifier, match_labels
-from .arguments import AttackArguments, HelpFormatter, Parser
+from .arguments import AttackArguments, HelpFormatter, Parser, check_least
 from .images import ImageData, channels_of, images_of, reading
 from .recorded import attack_of, recorded_split, report_in, take_data_of, victim_of
 from .run_folder import RunFolder, write_json
@@ -78,6 +78,11 @@ class CurvatureArguments:
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Replace what an earlier run left in --output_dir."}
     )
+
+    def __post_init__(self):
+        check_least(self, eigenvalues=1, probes=1, density_runs=0, landscape_points=0, batch_size=1)
+        if self.landscape_points == 1:
+            raise ValueError("--landscape_points=1 is no line: ask for at least 2 points, or 0 for no landscape.")
 
 
 def main() -> None:

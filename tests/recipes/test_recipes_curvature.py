@@ -74,8 +74,10 @@ USER_ERRORS = {
     "data that are gone": (["other"], "'./gone'"),
     "no such argument": (["VICTIM", "--probe", "3"], "unknown: --probe 3"),
     "no such attack": (["VICTIM", "--attack", "badnet"], "badnet"),
-    "no probes": (["VICTIM", "--probes", "0"], "probes=0"),
-    "no eigenvalues": (["VICTIM", "--eigenvalues", "0"], "k=0"),
+    "no probes": (["VICTIM", "--probes", "0"], "--probes=0"),
+    "no eigenvalues": (["VICTIM", "--eigenvalues", "0"], "--eigenvalues=0"),
+    "empty batches": (["VICTIM", "--batch_size", "0"], "--batch_size=0 has to be at least 1"),
+    "runs below zero": (["VICTIM", "--density_runs", "-1"], "--density_runs=-1"),
     "one point": (["VICTIM", "--landscape_points", "1"], "at least 2 points"),
 }
 
@@ -85,7 +87,8 @@ def test_a_users_error_is_one_line_and_leaves_nothing(case, victim, run):
     arguments, message = USER_ERRORS[case]
     of_other_data(victim, "other")
     given = [victim if value == "VICTIM" else value for value in arguments]
-    code, _, err = run("analyze_curvature", *given[:1], *QUICK, *given[1:])
+    code, out, err = run("analyze_curvature", *given[:1], *QUICK, *given[1:])
+    assert "Measuring" not in out  # it is said before the work, which takes a minute
     assert code == 1 and err.startswith("error: ") and err.count("\n") == 1
     assert re.search(message, err)
     assert not list(Path().glob("outputs/*"))
