@@ -249,6 +249,9 @@ class MethodArguments:
         },
     )
 
+    def __post_init__(self):
+        check_least(self, held_out_clean_samples=0, curvature_every=0)
+
 
 @dataclass
 class AdapterArguments:

@@ -125,6 +125,11 @@ def purify(
     clean = data.train if count == everything else split_clean(data.train, count, split_seed)[0]
     held_out = None
     if method_arguments.held_out_clean_samples:
+        if method_arguments.held_out_clean_samples >= len(clean):
+            raise ValueError(
+                f"--held_out_clean_samples={method_arguments.held_out_clean_samples} leaves none of the {len(clean)} "
+                f"clean {task.words.samples} to purify with: hold fewer out."
+            )
         held_out, clean = split_clean(clean, method_arguments.held_out_clean_samples, split_seed)
     if attack is None:
         say(f"No attack is known for this model (--attack NAME): only {METRICS[task.metric][0]} is measured.")

@@ -58,8 +58,9 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(_complain(f"interrupted: {_GOES_ON}", 130))
     except _Terminated:
         sys.exit(_complain(f"terminated: {_GOES_ON}", 143))
-    except USER_ERRORS as error:
-        if os.environ.get("HF_FIP_TRACEBACK"):
+    except (*USER_ERRORS, RuntimeError) as error:
+        is_missing = "to be installed" in str(error)  # what --report_to names
+        if os.environ.get("HF_FIP_TRACEBACK") or not (is_missing or isinstance(error, USER_ERRORS)):
             raise
         sys.exit(_complain("error: " + (" ".join(str(error).split()) or type(error).__name__), 1))
     finally:

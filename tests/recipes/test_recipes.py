@@ -234,6 +234,16 @@ USER_ERRORS = {
     "not a number": (["--max_steps", "many"], "argument --max_steps.*'many'"),
     "not a choice": (["--trace_form", "square"], "square.*log_trace"),
     "a wrong setting": (["--eta_f", "-1"], "eta_f=-1.0"),
+    "held out below zero": (
+        ["--held_out_clean_samples", "-3"],
+        "--held_out_clean_samples=-3 has to be at least 0",
+    ),
+    "curvature before each update": (["--curvature_every", "-1"], "--curvature_every=-1 has to be at least 0"),
+    "all held out": (
+        ["--model_name_or_path", "VICTIM", "--held_out_clean_samples", "12"],
+        "_samples=12 leaves none of",
+    ),
+    "no such tracker here": (["--model_name_or_path", "VICTIM", "--report_to", "wandb"], "wandb to be installed"),
     "pushing without a token": (["--push_to_hub"], "no token for the Hub"),
     "a place under a file": (["--output_dir", "broken.parquet/out"], "broken.parquet is no folder"),
     "a read-only place": (["--model_name_or_path", "VICTIM", "--output_dir", "/proc/out"], "/proc|cannot be made"),
