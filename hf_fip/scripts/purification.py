@@ -40,7 +40,7 @@ from .arguments import (
     parse,
 )
 from .backdooring import train_victim
-from .recorded import recorded_split
+from .recorded import split_behind
 from .run_folder import RunFolder, write_json
 from .task import Data, Task
 from .terminal import json_of, print_comparison, say, show_progress, warn_if_costly
@@ -106,7 +106,7 @@ def purify(
     folder = RunFolder(training.output_dir, arguments, overwrite=model_arguments.overwrite_output_dir)
     output_dir, training.output_dir = training.output_dir, str(folder.work)
     given = model_arguments.model_name_or_path
-    recorded = recorded_split(given)
+    recorded = split_behind(given)
     seeds = (data_arguments.split_seed, recorded and recorded["seed"], training.seed)
     split_seed = next(seed for seed in seeds if seed is not None)
     data = task.load_data(data_arguments, split_seed)

@@ -49,14 +49,16 @@ def attack_folder(model_folder: str) -> Path | None:
 
 
 def report_in(folder: str | Path | None) -> dict:
-    """What the report in a folder says; nothing, if there is none, or no JSON object."""
+    """What the report in a folder says; nothing, if there is none, or no JSON object, or no folder was named."""
+    if not folder:
+        return {}
     try:
-        return read_object(Path(folder or "") / REPORT_NAME, LONGEST_REPORT)
+        return read_object(Path(folder) / REPORT_NAME, LONGEST_REPORT)
     except ValueError:
         return {}
 
 
-def victim_of(report: dict, otherwise: str) -> str:
+def victim_of(report: dict, otherwise: str | None) -> str | None:
     """The folder of the victim that a model was purified from, if its report names one."""
     victim = report.get("model")
     return victim if isinstance(victim, str) and Path(victim).is_dir() else otherwise
@@ -115,3 +117,12 @@ def recorded_split(model_folder: str | None) -> dict | None:
     except (ValueError, KeyError, TypeError) as error:
         path = Path(model_folder or "") / REPORT_NAME
         raise ValueError(f"{path}: clean_split is not that of a victim trained by this version of hf_fip.") from error
+
+
+def split_behind(model_folder: str | None) -> dict | None:
+    """[`recorded_split`] of a model, or of the victim that it was purified from, by one purification or several."""
+    passed = set()
+    while model_folder not in passed and (split := recorded_split(model_folder)) is None:
+        passed.add(model_folder)
+        model_folder = victim_of(report_in(model_folder), model_folder)
+    return split

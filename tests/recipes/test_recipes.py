@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForImageClassification
 
 from hf_fip.scripts.images import ImageTask
-from hf_fip.tasks.data import load_images
 from hf_fip.trainer import FIPTrainer
 
 # What comes out
@@ -130,41 +128,6 @@ def test_a_model_of_unknown_attack_gets_acc_alone_and_a_whole_folder(victim, run
     assert left_in("outputs/purify_vit") == FILES - {"attack"}
     assert left_in("outputs/purify_vit/plots") == {"purification.png"}
     assert "not measured" in Path("outputs/purify_vit/README.md").read_text()
-
-
-def test_the_defender_gets_the_clean_images_that_the_victim_never_saw(victim, run):
-    split = report_of(victim)["clean_split"]
-    assert split == {"data": "digits", "out_of": 120, "seed": 5, "samples": 12}
-    model = ["--model_name_or_path", victim, "--seed", "8"]
-    assert run("purify_vit", *SHORT, *model, "--clean_samples", "6")[0] == 0
-    assert report_of("outputs/purify_vit")["before"] == report_of(victim)["victim"]  # so the test images are the same
-    for wrong, message in (
-        (["--clean_samples", "13"], "--clean_samples 12"),
-        (["--split_seed", "6"], "--split_seed 5"),
-        (["--max_train_samples", "100"], "120 training images, and these are 100"),
-    ):
-        code, _, err = run("purify_vit", *SHORT, *model, *wrong, "--output_dir", "other")
-        assert code == 1 and message in err and err.startswith("error: ") and err.count("\n") == 1
-
-
-def test_a_given_model_on_other_data_gets_all_their_training_images(victim, run):
-    Path("other").mkdir()
-    Path("other/README.md").write_text("# digits, with no metadata\n")
-    load_images("digits").train.select(range(80)).to_parquet("other/train.parquet")
-    code, _, err = run("purify_vit", "--max_steps", "2", "--model_name_or_path", victim, "--dataset_name", "other")
-    assert (code, err) == (0, "")
-    assert report_of("outputs/purify_vit")["data"] == {
-        "name": "other",
-        "clean_samples": 60,
-        "test_samples": 20,
-    }
-
-
-def test_a_clean_split_that_cannot_be_read_is_not_passed_over(victim, run):
-    shutil.copytree(victim, "victim")
-    Path("victim/report.json").write_text('{"clean_split": {"seed": 5}}')
-    code, _, err = run("purify_vit", *SHORT, "--model_name_or_path", "victim")
-    assert code == 1 and "victim/report.json: clean_split is not that" in err and err.count("\n") == 1
 
 
 def test_two_processes_under_accelerate_make_one_folder(victim, tmp_path):
