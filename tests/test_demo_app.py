@@ -17,6 +17,7 @@ import torch
 from text_cases import conv
 
 from hf_fip.attacks import BadNets, OneToOne
+from hf_fip.scripts import demo_app
 from hf_fip.scripts.demo_app import contents
 from hf_fip.scripts.images import make_test
 from hf_fip.tasks.data import load_images
@@ -157,6 +158,19 @@ def test_the_page_shows_hostile_names_as_text(folders):
     assert all("evil" not in part for part in table.split("`")[::2])  # which lies outside of code spans
     assert "| ASR, attack success rate | 1.0 % | not measured |" in table
     assert demo_page.page(**{**contents(str(folders / "purified")), "report": hostile}).blocks
+
+
+def test_a_port_that_cannot_be_had_names_the_argument(folders, monkeypatch):
+    demo_page = pytest.importorskip("hf_fip.scripts.demo_page", exc_type=ImportError)
+    with demo_page.gr.Blocks() as made, socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(OSError, match="cannot be had: choose another, with --port"):
+            demo_page.serve(made, taken.getsockname()[1], block=False)
+    for port in ("0", "99999"):
+        monkeypatch.setattr(sys, "argv", ["demo_app", str(folders / "purified"), "--port", port])
+        with pytest.raises(ValueError, match=f"--port={port} has to be from 1 to 65535"):
+            demo_app.main()
 
 
 def test_a_picture_that_is_no_png_is_not_opened(tmp_path):

@@ -39,6 +39,8 @@ SAMPLES = 12  # test inputs to choose from
 def main() -> None:
     """`hf-fip demo-app`."""
     arguments = _parser().parse_args()
+    if not 1 <= arguments.port <= 65535:
+        raise ValueError(f"--port={arguments.port} has to be from 1 to 65535.")
     try:
         from .demo_page import page, serve
     except ImportError as error:

@@ -53,16 +53,19 @@ def serve(made: gr.Blocks, port: int, block: bool = True) -> None:
     Raises:
         OSError: the port is taken.
     """
-    made.launch(
-        server_name="127.0.0.1",
-        server_port=port,
-        prevent_thread_lock=not block,
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-        css=_STYLE,
-        footer_links=[],
-        ssr_mode=False,
-        quiet=True,
-    )
+    try:
+        made.launch(
+            server_name="127.0.0.1",
+            server_port=port,
+            prevent_thread_lock=not block,
+            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+            css=_STYLE,
+            footer_links=[],
+            ssr_mode=False,
+            quiet=True,
+        )
+    except OSError as error:  # Gradio's names arguments of its own
+        raise OSError(f"Port {port} cannot be had: choose another, with --port.") from error
 
 
 def _image_part(pair: ImagePair, samples: list[PIL.Image.Image]) -> tuple:
