@@ -42,7 +42,7 @@ from .arguments import AttackArguments, HelpFormatter, Parser, check_least
 from .images import ImageData, channels_of, images_of, reading
 from .recorded import attack_of, recorded_split, report_in, take_data_of, victim_of
 from .run_folder import RunFolder, write_json
-from .terminal import say
+from .terminal import print_whole, say
 
 MOST_IMAGES = 500  # test images, of those that there are; every image counts in the time it takes
 PLANE = 11  # points along each direction of the plane
@@ -241,7 +241,6 @@ def _draw(
 
 def _print(curvatures: dict[str, Curvature]) -> None:
     """The table, at most 80 columns wide."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table()
@@ -257,7 +256,7 @@ def _print(curvatures: dict[str, Curvature]) -> None:
     forms = (found.product_form.replace("_", " ") for found in curvatures.values())
     table.add_row("Hessian-vector products by", *forms)
     if PartialState().is_main_process:
-        Console().print(table)
+        print_whole(table)
     if not all(found.converged for found in curvatures.values()):
         say("An eigenvalue with ? has not converged: raise --tolerance, or ask for fewer.")
 

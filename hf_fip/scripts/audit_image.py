@@ -36,7 +36,7 @@ from .arguments import HelpFormatter, Parser
 from .images import ImageData, channels_of, images_of
 from .recorded import recorded_split, take_data_of
 from .run_folder import RunFolder, write_json
-from .terminal import say
+from .terminal import print_whole, say
 
 MOST_IMAGES = 500  # of those that a model's folder does not tell of; every image counts in the time it takes
 
@@ -199,7 +199,6 @@ def _picture(audits: dict[str, AuditReport], names: dict[int, str]) -> dict[str,
 
 def _print(title: str, audited: AuditReport, names: dict[int, str]) -> None:
     """The table of one model, at most 80 columns wide."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -222,7 +221,7 @@ def _print(title: str, audited: AuditReport, names: dict[int, str]) -> None:
         )
     say(f"{title}, Tr F {audited.fisher_trace:.3g}")
     if PartialState().is_main_process:
-        Console().print(table)
+        print_whole(table)
 
 
 def _conclude(

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..evaluation.metrics import METRICS
 from ..hub.card import REPORT_NAME
 from .arguments import Parser
-from .terminal import file_size, say
+from .terminal import file_size, print_whole, say
 
 
 def main() -> None:
@@ -44,7 +44,6 @@ def _warn_of_other_victims(reports: dict[Path, dict]) -> None:
 
 
 def _print_table(reports: dict[Path, dict]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table()
@@ -64,7 +63,7 @@ def _print_table(reports: dict[Path, dict]) -> None:
             f"{cost['trainable_parameters']:,}",
             file_size(cost["file_bytes"]),
         )
-    Console().print(table)
+    print_whole(table)
 
 
 def _percentages(measured: dict, keys: list[str]) -> list[str]:

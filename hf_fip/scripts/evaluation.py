@@ -30,7 +30,7 @@ from .arguments import COMMON_DEFAULTS, AttackArguments, DataArguments, LoadArgu
 from .recorded import admitted, attack_folder, recorded_split, report_in, take_data, victim_of
 from .run_folder import RunFolder, write_json
 from .task import Data, Task
-from .terminal import say, show_progress
+from .terminal import print_whole, say, show_progress
 
 OTHER_FIGURES = 3  # exit code: the report beside the model says something else than was measured
 TOLERANCE = 0.5  # points; another machine may answer an input in a few hundred otherwise
@@ -278,7 +278,6 @@ def _notes_on_report(reported: dict[str, float] | None, measured: dict) -> list[
 
 def _print(report: dict) -> None:
     """The table, at most 80 columns wide, and the notes."""
-    from rich.console import Console
     from rich.table import Table
 
     counts = report["data"]
@@ -294,6 +293,6 @@ def _print(report: dict) -> None:
             table.add_row(prefix + row.replace("_", " "), *(f"{measured[key]:.1f}" for key in columns))
         table.add_section()
     say(f"{report['model']}, {report['attack'] or 'no known attack'}, {counts['name']}:")
-    Console().print(table)
+    print_whole(table)
     for note in report["notes"]:
         say(note)

@@ -12,6 +12,7 @@ from dataclasses import fields
 
 from ..attacks import BaseAttack, attack_class, attack_names, input_kinds
 from .arguments import Parser
+from .terminal import print_whole
 
 
 def main() -> None:
@@ -26,10 +27,8 @@ def main() -> None:
 
 
 def _print_table() -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
     for kind in input_kinds():
         table = Table(title=f"Input: {kind.replace('_', ' ')}", title_justify="left")
         for heading in ("attack", "labels", "rate", "learned", ""):
@@ -39,7 +38,7 @@ def _print_table() -> None:
             what = inspect.getmodule(cls).__doc__.split("\n")[0]
             rate = "" if cls.default_rate is None else f"{cls.default_rate:g}"
             table.add_row(name, _labels(cls), rate, _learns(cls), what)
-        console.print(table)
+        print_whole(table)
     print("Options of each: hf-fip attacks NAME. Train a victim: hf-fip backdoor TASK --attack NAME (hf-fip tasks).")
 
 

@@ -169,9 +169,15 @@ def show_progress(trainer) -> None:
     trainer.add_callback(LineProgress if trainer.args.disable_tqdm else BarProgress)
 
 
+def print_whole(table) -> None:
+    """Print a table of rich; a terminal of fewer than 80 columns breaks its lines, and no figure is cut."""
+    from rich.console import Console
+
+    Console(width=max(80, Console().width)).print(table)
+
+
 def print_comparison(before: dict, after: dict, der: float | None, cost: dict) -> None:
     """The before / after table, at most 80 columns wide."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table()
@@ -183,7 +189,7 @@ def print_comparison(before: dict, after: dict, der: float | None, cost: dict) -
             table.add_row(f"{short:4} {long}", f"{value:.1f}", f"{after[key]:.1f}", f"{after[key] - value:+.1f}")
     if der is not None:
         table.add_row("DER  (50 = no effect)", "", f"{der:.1f}", "")
-    Console().print(table)
+    print_whole(table)
     several = f" on {cost['processes']} processes" if cost["processes"] > 1 else ""
     print(
         f"{cost['seconds']:.1f} s{several}, {1000 * cost['seconds_per_step']:.0f} ms a step, "

@@ -165,6 +165,8 @@ def test_runs_of_one_name_are_told_apart_and_the_folder_here_has_one(purified, r
         shutil.copytree(purified[0], place)
     _, out, _ = run("compare_runs", "a/fip", "b/fip", "other")
     assert [name in out for name in ("│ a/fip ", "│ b/fip ", "│ other ")] == 3 * [True]
+    monkeypatch.setenv("COLUMNS", "40")
+    assert run("compare_runs", "a/fip", "b/fip", "other")[1] == out  # and no figure is cut
     monkeypatch.chdir("a/fip")
     assert "│ fip " in run("compare_runs", ".")[1]
 
