@@ -46,7 +46,7 @@ def write(results: Path, suite: str, command: str, title: str, rows: list[dict],
     if missing:
         lines.append(f"{missing} of {missing + len(rows)} runs have not been made; their cells are empty.\n")
     for family, group in _grouped(finished, _group).items():
-        lines += [f"## {family}\n", *_summary(group), "", *_by_attack(group)]
+        lines += [f"## {family}\n", *_summary(group), "", *_by_attack(group), *_weak(group)]
     lines += _failed([row for row in rows if "failed" in row])
     lines += _chosen_rates(finished)
     text = "\n".join(lines).rstrip() + "\n"
@@ -139,10 +139,14 @@ def _by_attack(rows: list[dict]) -> list[str]:
     received = {(_attack(row), row["cell"]["victim"]["seed"]): row for row in rows}
     lines.append(line("received", list(received.values()), "before"))
     lines += [line(name, runs, "after") for name, runs in _grouped(rows, _method).items()]
-    weak = sorted({_attack(row) for row in received.values() if (row["before"]["asr"] or 100) < WEAK_VICTIM})
-    if weak:
-        lines.append(f"\nSome victims had an ASR below {WEAK_VICTIM:.0f} % before purification: {', '.join(weak)}.")
     return [*lines, ""]
+
+
+def _weak(rows: list[dict]) -> list[str]:
+    """Which attacks some victims had not taken on."""
+    weak = sorted({_attack(row) for row in rows if (row["before"]["asr"] or 100) < WEAK_VICTIM})
+    named = ", ".join(weak)
+    return [f"Some victims had an ASR below {WEAK_VICTIM:.0f} % before purification: {named}.\n"] if weak else []
 
 
 def _failed(rows: list[dict]) -> list[str]:

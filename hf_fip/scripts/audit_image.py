@@ -34,7 +34,7 @@ from ..tasks.data import LabelledImages, split_clean
 from ..tasks.image_classification import PixelDataset, load_image_classifier, match_labels
 from .arguments import HelpFormatter, Parser
 from .images import ImageData, channels_of, images_of
-from .recorded import recorded_split, take_data_of
+from .recorded import split_behind, take_data_of
 from .run_folder import RunFolder, write_json
 from .terminal import print_whole, say
 
@@ -103,7 +103,7 @@ def audit_image(place: str, data: ImageData, arguments: AuditArguments) -> None:
     models = {"model": place} if arguments.vs is None else {"received": arguments.vs, "purified": place}
     for one in models.values():
         take_data_of(one, arguments.model_revision, data)
-    recorded = recorded_split(place) or recorded_split(arguments.vs)
+    recorded = split_behind(place) or split_behind(arguments.vs)
     split_seed = next(s for s in (data.split_seed, recorded and recorded["seed"], arguments.seed) if s is not None)
     images = images_of(data, split_seed)
     if recorded and recorded["out_of"] != len(images.train):
