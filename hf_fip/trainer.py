@@ -85,8 +85,13 @@ class FIPMixin(SealedEvaluation, Publishing, ShardedTraining):
         if peft_config is not None:
             if model is None:
                 raise ValueError("`peft_config` needs `model`; with `model_init`, return the PEFT model from there.")
-            from peft import get_peft_model
+            from peft import PeftModel, get_peft_model
 
+            if isinstance(model, PeftModel):
+                raise ValueError(
+                    "The model has an adapter already, and a second one around it could be neither merged nor loaded: "
+                    "merge it first (`merge_and_unload`), or leave `peft_config` out to train the one that is there."
+                )
             commit = getattr(getattr(model, "config", None), "_commit_hash", None)
             peft_config = copy.deepcopy(peft_config)  # PEFT writes what it found into it
             model = get_peft_model(model, peft_config, revision=peft_config.revision or commit)
