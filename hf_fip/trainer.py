@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer, TrainerCallba
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .anchor import Anchor, check_anchor
-from .checkpoint import last_complete_checkpoint, load_weights, seal, unseal, warn_of_spoilt, writing
+from .checkpoint import check_adapter, last_complete_checkpoint, load_weights, seal, unseal, warn_of_spoilt, writing
 from .collapse import CollapseGuard
 from .compatibility import check_arguments, check_dataset, make_trace
 from .config import FIPArguments, FIPConfig, FIPSeq2SeqConfig
@@ -288,6 +288,8 @@ class FIPMixin(SealedEvaluation, Publishing, ShardedTraining):
             raise ValueError(f"Can't find a valid checkpoint at {resume_from_checkpoint}.")
         if resume_from_checkpoint:
             warn_of_spoilt(resume_from_checkpoint)
+            if not self.is_fsdp_enabled:
+                check_adapter(resume_from_checkpoint, hasattr(self.model, "peft_config"))
         self._is_set_up = False
         self._trace = self._anchor = self._first_loss = None
         if resume_from_checkpoint and self.args.eta_r > 0:

@@ -140,8 +140,11 @@ def test_resuming_without_any_complete_checkpoint_is_refused(tmp_path):
         ({}, {"model": lambda: vit(0.2, intermediate_size=8)}, "is of another model: they differ in 6 weights"),
         ({}, {"model": lambda: vit(0.2, num_hidden_layers=3)}, "is of another model: .* vit.layers.2"),
         ({"eta_r": 0.0}, {"eta_r": 0.0, "model": resnet}, "is of another model"),
+        ({"peft_config": LORA}, {}, "is of an adapter.*pass the `peft_config`"),
+        ({}, {"peft_config": LORA}, "is of a whole model.*leave `peft_config` out"),
+        ({"save_only_model": True, "eta_r": 0.0}, {"peft_config": LORA, "eta_r": 0.0}, "is of a whole model"),
     ],
-    ids=["no-drift", "only-model", "other-size", "other-depth", "other-model"],
+    ids=["no-drift", "only-model", "other-size", "other-depth", "other-model", "adapter", "whole", "whole-model-only"],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(first, second, message, tmp_path):
     def make(model=lambda: vit(0.2), **options):
