@@ -214,6 +214,16 @@ def test_finite_differences_of_half_precision_weights_are_refused(dtype):
         TraceEstimator(linear().to(dtype))
 
 
+@pytest.mark.parametrize("chunk_size", [0, -1])
+def test_chunks_of_no_sample_are_refused(chunk_size):
+    for use in (
+        lambda: fisher_trace(linear(), make_batch("linear"), chunk_size=chunk_size),
+        lambda: diagonal_of(chunk_size=chunk_size),
+    ):
+        with pytest.raises(ValueError, match=f"fisher_chunk_size={chunk_size} has to be at least 1"):
+            use()
+
+
 def test_a_model_without_trainable_parameters_is_refused():
     model = linear().requires_grad_(False)
     for use in (lambda: TraceEstimator(model), lambda: diagonal_of(model), lambda: fisher_trace(model, {})):

@@ -149,9 +149,14 @@ def per_sample_scores(
 
     Yields:
         For each chunk, one tensor `(samples, *parameter.shape)` a trainable parameter.
+
+    Raises:
+        ValueError: for a `chunk_size` below 1.
     """
     parameters = trainable_parameters(model)
     rows = labels.shape[0]
+    if chunk_size is not None and not chunk_size >= 1:
+        raise ValueError(f"fisher_chunk_size={chunk_size} has to be at least 1.")
     if chunk_size is None:
         chunk_size = max(1, SCORES_AT_ONCE // sum(p.numel() for p in parameters.values()))
     batched = {k: v for k, v in inputs.items() if isinstance(v, Tensor) and v.ndim and v.shape[0] == rows}
