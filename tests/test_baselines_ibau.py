@@ -41,6 +41,7 @@ def test_a_perturbation_is_in_pixels_whatever_the_processor_normalises_by():
     torch.manual_seed(0)
     images, delta = torch.rand(2, 3, 4, 4), torch.randn(1, 3, 4, 4)
     scale = PixelScale.of(processor)
+    assert PixelScale.of(SimpleNamespace(image_processor=processor)) == scale  # of images and text
     found = scale.added((images - mean) / std, delta)
     assert torch.allclose(found * std + mean, images + delta, atol=1e-5)
     assert torch.allclose(scale.clipped(found) * std + mean, (images + delta).clamp(0, 1), atol=1e-5)

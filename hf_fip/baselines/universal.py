@@ -28,6 +28,7 @@ class PixelScale:
 
     @classmethod
     def of(cls, processor) -> PixelScale:
+        processor = getattr(processor, "image_processor", processor)  # of images and text, as CLIP's
         if processor is None or not getattr(processor, "do_normalize", False):
             return cls()
         return cls(processor.image_mean, processor.image_std)
