@@ -429,7 +429,7 @@ class FIPTrainer(FIPMixin, Trainer):
     Args:
         model (`str`, `os.PathLike` or `nn.Module`):
             The backdoored model: a Hub id or path (loaded from safetensors, no remote code), or a module whose output
-            has `.logits`.
+            has `.logits`, with labels and without.
         args ([`FIPConfig`]):
             Arguments of the objective and of the training.
         peft_config (`~peft.PeftConfig`, *optional*):

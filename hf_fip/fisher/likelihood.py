@@ -168,7 +168,10 @@ def get_logits(outputs: Any) -> Tensor:
     logits = outputs.get("logits") if isinstance(outputs, dict) else getattr(outputs, "logits", None)
     if logits is None:
         fields = ", ".join(outputs) if isinstance(outputs, dict) else type(outputs).__name__
-        raise ValueError(f"The model returned no `logits` (it returned: {fields}); load it with a task head.")
+        raise ValueError(
+            f"The model returned no `logits` (it returned: {fields}); load it with a task head, or let it return a "
+            "dict that has them."
+        )
     return logits
 
 

@@ -44,7 +44,10 @@ def split_batch(model: nn.Module, batch: Batch, label_name: str = "labels") -> t
     inputs = dict(batch)
     labels = inputs.pop(label_name, None)
     if labels is None:
-        raise ValueError(f"The batch has no {label_name!r} (it has: {', '.join(batch)}).")
+        raise ValueError(
+            f"The batch has no {label_name!r} (it has: {', '.join(batch)}): say where its labels are by `label_name`, "
+            "of a trainer by `label_names`."
+        )
     if not {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys():
         shift_right = getattr(model, "prepare_decoder_input_ids_from_labels", None)
         if shift_right is not None:
