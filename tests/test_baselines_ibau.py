@@ -201,6 +201,12 @@ def test_what_cannot_work_is_refused(options, message, tmp_path):
         ibau(tmp_path, resnet(), **options)
 
 
+def test_clips_are_refused():
+    clips = {"pixel_values": torch.zeros(2, 4, 3, 8, 8)}
+    with pytest.raises(ValueError, match=r"pixel_values are \(2, 4, 3, 8, 8\): use another method"):
+        universal_perturbation(PlainNet(), [clips], PixelScale())
+
+
 def test_models_of_text_and_data_without_a_length_are_refused(tmp_path):
     with pytest.raises(ValueError, match="takes input_ids"):
         ibau(tmp_path, marian())
