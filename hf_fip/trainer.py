@@ -370,10 +370,18 @@ class FIPMixin(SealedEvaluation, Publishing, ShardedTraining):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self):
+        best = self.state.best_model_checkpoint
+        is_adapted = hasattr(self.model, "peft_config") and not self.is_fsdp_enabled
+        adapters = self.model.active_adapters if is_adapted else []
+        # One that is not called "default" has a folder of its own, where the Trainer does not look.
+        folders = {name: os.path.join(best, name) for name in adapters if os.path.isdir(os.path.join(best, name))}
         if isinstance(self.model, PreTrainedModel) and not self.is_fsdp_enabled:
-            load_weights(self.model, self.state.best_model_checkpoint)
-        else:
+            load_weights(self.model, best)
+        elif not folders:
             super()._load_best_model()
+        else:
+            for name in adapters:
+                self.model.load_adapter(folders.get(name, best), name)
 
     def _save_checkpoint(self, model, trial):
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
