@@ -366,8 +366,11 @@ class FIPMixin(SealedEvaluation, Publishing, ShardedTraining):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if isinstance(self.model, PreTrainedModel) and not self.is_fsdp_enabled:
             load_weights(self.model, resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        active = self.model.active_adapters if hasattr(self.model, "peft_config") else []
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if len(active) > 1:  # of which the Trainer leaves the first one active
+            self.model.base_model.set_adapter(active)
 
     def _load_best_model(self):
         best = self.state.best_model_checkpoint

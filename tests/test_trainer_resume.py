@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from trainer_cases import (
     PlainNet,
@@ -48,6 +48,14 @@ class Whole(nn.Module):
         return self.inner(pixel_values, labels=labels)
 
 
+def two_adapters() -> nn.Module:
+    """A model with two adapters, both of which are trained."""
+    model = get_peft_model(vit(0.2), SingularValueConfig(), adapter_name="first")
+    model.add_adapter("default", SingularValueConfig(rank=4))
+    model.base_model.set_adapter(["first", "default"])
+    return model
+
+
 def images(model, **fixed):
     return lambda folder, **options: image_trainer(folder, model(), **{**options, **fixed})
 
@@ -65,6 +73,7 @@ RUNS = {
     "adapter": images(lambda: vit(0.2), peft_config=LORA),
     "singular": images(lambda: vit(0.2), peft_config=SingularValueConfig()),
     "singular-norms": images(resnet, peft_config=SingularValueConfig(train_norms=True), optim="adamw_torch"),
+    "singular-two": images(two_adapters),
     "singular-few": images(lambda: PlainNet(0.2), peft_config=SingularValueConfig(rank=2)),
 }
 
