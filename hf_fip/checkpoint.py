@@ -123,6 +123,16 @@ def _checksum(path: Path) -> int:
     return checksum
 
 
+def check_adapter(checkpoint: str, adapted: bool) -> None:
+    """Raise a ValueError when a checkpoint is of an adapter and the model has none, or the other way round."""
+    # One that is not called "default" has a folder of its own.
+    has_adapter = any(any(Path(checkpoint).glob(place + ADAPTER_CONFIG_NAME)) for place in ("", "*/"))
+    if has_adapter and not adapted:
+        raise ValueError(f"{checkpoint} is of an adapter, and the model has none: pass the `peft_config` of that run.")
+    if adapted and not has_adapter:
+        raise ValueError(f"{checkpoint} is of a whole model, and this one has an adapter: leave `peft_config` out.")
+
+
 def load_weights(model: PreTrainedModel, checkpoint: str) -> None:
     """Load what `save_pretrained` wrote to a checkpoint into the model.
 

@@ -21,9 +21,20 @@ from .fisher.trace import TraceEstimator
 def check_arguments(model: nn.Module, args: FIPArguments, likelihood: Likelihood | None = None) -> None:
     """Raise a ValueError for a model and arguments that cannot work together.
 
-    Of plain training (`eta_f = eta_r = 0`) only that the weights are there is checked.
+    Of plain training (`eta_f = eta_r = 0`) only that it can run, and come back from a checkpoint, is checked.
     """
     args.check()
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "This model got an adapter by transformers' own add_adapter or load_adapter, which a trainer cannot bring "
+            "back from a checkpoint: take PEFT's get_peft_model or PeftModel.from_pretrained on the model without it, "
+            "or pass `peft_config`."
+        )
+    if args.label_smoothing_factor and not hasattr(model, "config"):
+        raise ValueError(
+            f"The Trainer smooths labels by a model's config, and {type(model).__name__} has none: set "
+            "label_smoothing_factor=0."
+        )
     if fsdp_version(args) == 2:
         _check_loading(args)
     if args.eta_f == 0 and args.eta_r == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass, field
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
@@ -179,8 +180,8 @@ class FIPArguments:
             raise ValueError(f"max_loss_rise={self.max_loss_rise} has to be positive.")
         for name in ("trace_interval", "fisher_chunk_size", "diagonal_samples"):
             value = getattr(self, name)
-            if value is not None and not value >= 1:
-                raise ValueError(f"{name}={value} has to be at least 1.")
+            if value is not None and not (isinstance(value, numbers.Integral) and value >= 1):
+                raise ValueError(f"{name}={value!r} has to be a whole number of at least 1.")
         if self.max_dropped_updates < 0:
             raise ValueError(f"max_dropped_updates={self.max_dropped_updates} has to be zero or more.")
         if not 0 < self.trace_epsilon < math.inf:

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer, TrainerCallba
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .anchor import Anchor, check_anchor
-from .checkpoint import last_complete_checkpoint, load_weights, seal, unseal, warn_of_spoilt, writing
+from .checkpoint import check_adapter, last_complete_checkpoint, load_weights, seal, unseal, warn_of_spoilt, writing
 from .collapse import CollapseGuard
 from .compatibility import check_arguments, check_dataset, make_trace
 from .config import FIPArguments, FIPConfig, FIPSeq2SeqConfig
@@ -85,8 +85,13 @@ class FIPMixin(SealedEvaluation, Publishing, ShardedTraining):
         if peft_config is not None:
             if model is None:
                 raise ValueError("`peft_config` needs `model`; with `model_init`, return the PEFT model from there.")
-            from peft import get_peft_model
+            from peft import PeftModel, get_peft_model
 
+            if isinstance(model, PeftModel):
+                raise ValueError(
+                    "The model has an adapter already, and a second one around it could be neither merged nor loaded: "
+                    "merge it first (`merge_and_unload`), or leave `peft_config` out to train the one that is there."
+                )
             commit = getattr(getattr(model, "config", None), "_commit_hash", None)
             peft_config = copy.deepcopy(peft_config)  # PEFT writes what it found into it
             model = get_peft_model(model, peft_config, revision=peft_config.revision or commit)
@@ -283,6 +288,8 @@ class FIPMixin(SealedEvaluation, Publishing, ShardedTraining):
             raise ValueError(f"Can't find a valid checkpoint at {resume_from_checkpoint}.")
         if resume_from_checkpoint:
             warn_of_spoilt(resume_from_checkpoint)
+            if not self.is_fsdp_enabled:
+                check_adapter(resume_from_checkpoint, hasattr(self.model, "peft_config"))
         self._is_set_up = False
         self._trace = self._anchor = self._first_loss = None
         if resume_from_checkpoint and self.args.eta_r > 0:
@@ -359,14 +366,25 @@ class FIPMixin(SealedEvaluation, Publishing, ShardedTraining):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if isinstance(self.model, PreTrainedModel) and not self.is_fsdp_enabled:
             load_weights(self.model, resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        active = self.model.active_adapters if hasattr(self.model, "peft_config") else []
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if len(active) > 1:  # of which the Trainer leaves the first one active
+            self.model.base_model.set_adapter(active)
 
     def _load_best_model(self):
+        best = self.state.best_model_checkpoint
+        is_adapted = hasattr(self.model, "peft_config") and not self.is_fsdp_enabled
+        adapters = self.model.active_adapters if is_adapted else []
+        # One that is not called "default" has a folder of its own, where the Trainer does not look.
+        folders = {name: os.path.join(best, name) for name in adapters if os.path.isdir(os.path.join(best, name))}
         if isinstance(self.model, PreTrainedModel) and not self.is_fsdp_enabled:
-            load_weights(self.model, self.state.best_model_checkpoint)
-        else:
+            load_weights(self.model, best)
+        elif not folders:
             super()._load_best_model()
+        else:
+            for name in adapters:
+                self.model.load_adapter(folders.get(name, best), name)
 
     def _save_checkpoint(self, model, trial):
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -422,7 +440,7 @@ class FIPTrainer(FIPMixin, Trainer):
     Args:
         model (`str`, `os.PathLike` or `nn.Module`):
             The backdoored model: a Hub id or path (loaded from safetensors, no remote code), or a module whose output
-            has `.logits`.
+            has `.logits`, with labels and without.
         args ([`FIPConfig`]):
             Arguments of the objective and of the training.
         peft_config (`~peft.PeftConfig`, *optional*):

@@ -224,6 +224,10 @@ def retyped(column, feature):
     return lambda dataset: dataset.remove_columns(column).add_column(column, feature)
 
 
+def without_images(dataset):
+    return datasets.Dataset.from_dict({**dataset[:], "image": [None] * len(dataset)}, features=dataset.features)
+
+
 BOTH_ERRORS = {
     "target": (lambda d: d, BadNets(target_label=4), {}, "target_label=4 is not a class: choose one of 0 ... 3"),
     "image column": (renamed, BadNets(), {}, "no column 'image': the columns are img, label, row"),
@@ -234,6 +238,7 @@ BOTH_ERRORS = {
         "no column 'y': the columns are image, label, row",
     ),
     "not images": (lambda d: d, BadNets(), {"image_column": "row"}, r"cast_column\('row', datasets.Image\(\)\)"),
+    "missing images": (without_images, BadNets(), {}, r"no image \(None\).*dataset.filter"),
     "text labels": (retyped("label", ["cat", "dog"] * 50), BadNets(), {}, r"class_encode_column\('label'\)"),
     "float labels": (retyped("label", [0.5] * 100), BadNets(), {}, "does not hold an integer in each row"),
     "missing labels": (retyped("label", [0, None] * 50), BadNets(), {}, "does not hold an integer in each row"),

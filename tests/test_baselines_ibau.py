@@ -41,6 +41,7 @@ def test_a_perturbation_is_in_pixels_whatever_the_processor_normalises_by():
     torch.manual_seed(0)
     images, delta = torch.rand(2, 3, 4, 4), torch.randn(1, 3, 4, 4)
     scale = PixelScale.of(processor)
+    assert PixelScale.of(SimpleNamespace(image_processor=processor)) == scale  # of images and text
     found = scale.added((images - mean) / std, delta)
     assert torch.allclose(found * std + mean, images + delta, atol=1e-5)
     assert torch.allclose(scale.clipped(found) * std + mean, (images + delta).clamp(0, 1), atol=1e-5)
@@ -198,6 +199,12 @@ def test_each_epoch_makes_a_new_perturbation_and_the_transform_is_in_it(tmp_path
 def test_what_cannot_work_is_refused(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         ibau(tmp_path, resnet(), **options)
+
+
+def test_clips_are_refused():
+    clips = {"pixel_values": torch.zeros(2, 4, 3, 8, 8)}
+    with pytest.raises(ValueError, match=r"pixel_values are \(2, 4, 3, 8, 8\): use another method"):
+        universal_perturbation(PlainNet(), [clips], PixelScale())
 
 
 def test_models_of_text_and_data_without_a_length_are_refused(tmp_path):

@@ -7,7 +7,8 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import nn
-from trainer_cases import PlainNet, distance, identical, logged, resnet, trained, vit, weights
+from torch.utils.data import IterableDataset
+from trainer_cases import Images, PlainNet, distance, identical, logged, marian, resnet, trained, vit, weights
 from training_cases import MODELS, trainer_of
 
 from hf_fip.baselines import method
@@ -142,13 +143,25 @@ def frozen_norms():
         ("fst", frozen_head(), "unfreeze"),
         ("nft", nn.Conv2d(1, 3, 3), "end in an nn.Linear"),
         ("nft", frozen_norms(), "no trainable layer"),
+        ("nft", marian(), "MarianMTModel takes input_ids.*another method"),
     ],
-    ids=["no stages", "no head", "frozen head", "no head to spare", "no neurons"],
+    ids=["no stages", "no head", "frozen head", "no head to spare", "no neurons", "no images"],
 )
 def test_a_model_without_the_parts_of_a_method_is_refused(name, model, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         trainer_of(name, tmp_path / "out", model)
     assert not (tmp_path / "out").exists()
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(Images())
+
+
+@pytest.mark.parametrize("name", ["nad", "nft"])
+def test_data_without_a_length_are_refused_where_epochs_or_images_are_counted(name, tmp_path):
+    with pytest.raises(ValueError, match="pass a dataset with a length"):
+        trainer_of(name, tmp_path, vit(), train_dataset=Stream()).train()
 
 
 def test_the_head_is_the_last_linear_layer_with_a_number_a_class():

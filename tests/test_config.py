@@ -90,6 +90,7 @@ def test_momentum_is_the_default_of_sgd_alone(options, expected, tmp_path):
         ({"trace_epsilon": 0}, "trace_epsilon=0"),
         ({"trace_epsilon": float("nan")}, "trace_epsilon=nan"),
         ({"trace_interval": 0}, "trace_interval=0"),
+        ({"trace_interval": 2.5}, "trace_interval=2.5 has to be a whole number"),  # due at 5, and as strong as 2.5
         ({"diagonal_samples": 0}, "diagonal_samples=0"),
         ({"fisher_chunk_size": 0}, "fisher_chunk_size=0"),
         ({"trace_form": "log"}, "trace_form='log' is not one of log_trace, trace"),

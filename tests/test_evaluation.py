@@ -116,6 +116,13 @@ def test_a_part_of_a_test_keeps_inputs_and_attack_labels_together():
     assert BackdoorTest(TEST).part(4).triggered is None
 
 
+def test_a_test_and_its_parts_say_how_many_inputs_count():
+    whole = BackdoorTest(TEST, TEST, [0] * 9)  # three of nine have the class 0 already
+    part = whole.part(4)
+    assert whole.counted_for_asr() == 6
+    assert part.counted_for_asr() == sum(row["labels"] != 0 for row in part.triggered)
+
+
 def trainer_of(folder, curve: PurificationCurve | None = None, **arguments) -> FIPTrainer:
     arguments = {"max_steps": 6, "per_device_train_batch_size": 4, "save_steps": 3, "use_cpu": True, **arguments}
     torch.manual_seed(0)
@@ -183,6 +190,13 @@ def test_no_checkpoint_can_be_chosen_by_the_curve(metric, tmp_path):
     arguments = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True}
     trainer = trainer_of(tmp_path, curve_of(), metric_for_best_model=metric, **arguments)
     with pytest.raises(KeyError, match=metric):
+        trainer.train()
+
+
+def test_a_curve_without_a_trainer_is_refused(tmp_path):
+    trainer, curve = trainer_of(tmp_path), curve_of()
+    trainer.add_callback(curve)
+    with pytest.raises(ValueError, match="set its `trainer`"):
         trainer.train()
 
 

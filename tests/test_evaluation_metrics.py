@@ -105,6 +105,13 @@ def test_seeds_give_mean_and_sample_deviation():
     assert f"{summary['after']['asr']:.2f}" == "3.00 ± 2.65"
 
 
+def test_numbers_of_numpy_and_of_a_run_that_diverged_count_too():
+    summary = over_seeds([report(1, np.float32(1.0), der=np.int64(3)), report(2, np.float32(2.0), der=5)])
+    assert summary["after"]["asr"].mean == 1.5 and summary["der"].mean == 4.0
+    diverged = over_seeds([report(1, math.nan), report(2, 2.0)])["after"]["asr"]
+    assert str(diverged) == "nan ± nan"
+
+
 def test_one_seed_has_no_deviation():
     spread = over_seeds([report(1, 2.0)])["after"]["asr"]
     assert spread == Spread(2.0, None)

@@ -98,6 +98,16 @@ def test_drawn_labels_have_the_model_s_probabilities(likelihood):
     assert ((found - expected).abs() < 4 * standard_error).all()
 
 
+def test_a_sample_without_a_label_has_a_log_prob_and_a_score_of_zero():
+    logits, labels = logits_for(Categorical()).requires_grad_(), labels_for(Categorical())
+    expected = reference(Categorical(), logits, labels)
+    labels[[1, 3]] = -100
+    log_prob = Categorical().log_prob(logits, labels)
+    torch.testing.assert_close(log_prob, torch.where(labels == -100, 0, expected))
+    log_prob.sum().backward()
+    assert logits.grad[[0, 2, 4]].all() and not logits.grad[[1, 3]].any()
+
+
 @every_sequence
 def test_drawn_tokens_keep_the_mask(likelihood):
     logits, labels = logits_for(likelihood), labels_for(likelihood)

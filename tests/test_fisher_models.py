@@ -12,7 +12,9 @@ from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
+    BertForTokenClassification,
     GPT2Config,
     GPT2LMHeadModel,
     M2M100Config,
@@ -130,7 +132,11 @@ def gpt2(attention: str = "eager") -> nn.Module:
     return GPT2LMHeadModel._from_config(config, attn_implementation=attention).eval()
 
 
-def bert(problem_type: str | None = "multi_label_classification", labels: int = CLASSES) -> nn.Module:
+def bert(
+    problem_type: str | None = "multi_label_classification",
+    labels: int = CLASSES,
+    head: type = BertForSequenceClassification,
+) -> nn.Module:
     torch.manual_seed(0)
     config = BertConfig(
         hidden_size=4,
@@ -143,7 +149,7 @@ def bert(problem_type: str | None = "multi_label_classification", labels: int = 
         initializer_range=0.3,
         **_TEXT,
     )
-    return BertForSequenceClassification(config).eval()
+    return head(config).eval()
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -250,6 +256,8 @@ LIKELIHOODS = {
     "BART": (bart, "TokenSequence(shift=False)"),
     "M2M100": (m2m100, "TokenSequence(shift=False)"),
     "GPT-2": (gpt2, "TokenSequence(shift=True)"),
+    "BERT, a class a token": (lambda: bert(None, head=BertForTokenClassification), "TokenSequence(shift=False)"),
+    "BERT, masked words": (lambda: bert(None, head=BertForMaskedLM), "TokenSequence(shift=False)"),
 }
 
 
@@ -280,7 +288,7 @@ def test_logits_are_found_in_every_kind_of_output():
 
 @pytest.mark.parametrize("outputs", [(torch.zeros(2, CLASSES),), {"last_hidden_state": torch.zeros(2, CLASSES)}])
 def test_an_output_without_logits_is_refused_by_name(outputs):
-    with pytest.raises(ValueError, match="returned no `logits`.*(tuple|last_hidden_state).*task head"):
+    with pytest.raises(ValueError, match="returned no `logits`.*(tuple|last_hidden_state).*task head, or let"):
         get_logits(outputs)
 
 

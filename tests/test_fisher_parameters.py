@@ -154,9 +154,12 @@ def test_the_names_of_inputs_and_labels_are_the_caller_s():
     expected = fisher_diagonal(model, [batch], labels="empirical")
     renamed = {"x": batch["x"], "target": batch["labels"]}
     torch.testing.assert_close(fisher_diagonal(model, [renamed], labels="empirical", label_name="target"), expected)
+    assert fisher_trace(model, renamed, labels="empirical", label_name="target") > 0
     estimator = TraceEstimator(model, **SUM, label_name="target")
     estimator.observe(renamed)
     assert estimator.pending
+    with pytest.raises(ValueError, match="no 'labels'.*it has: x, target.*`label_name`, of a trainer by"):
+        fisher_trace(model, renamed)
 
 
 # ---- Refused ----
@@ -214,6 +217,16 @@ def test_finite_differences_of_half_precision_weights_are_refused(dtype):
         TraceEstimator(linear().to(dtype))
 
 
+@pytest.mark.parametrize("chunk_size", [0, -1])
+def test_chunks_of_no_sample_are_refused(chunk_size):
+    for use in (
+        lambda: fisher_trace(linear(), make_batch("linear"), chunk_size=chunk_size),
+        lambda: diagonal_of(chunk_size=chunk_size),
+    ):
+        with pytest.raises(ValueError, match=f"fisher_chunk_size={chunk_size} has to be at least 1"):
+            use()
+
+
 def test_a_model_without_trainable_parameters_is_refused():
     model = linear().requires_grad_(False)
     for use in (lambda: TraceEstimator(model), lambda: diagonal_of(model), lambda: fisher_trace(model, {})):
@@ -225,6 +238,11 @@ def test_a_model_without_trainable_parameters_is_refused():
 def test_the_diagonal_of_no_data_is_refused(batches):
     with pytest.raises(ValueError, match="at least one sample, and the data were empty"):
         diagonal_of(batches=batches)
+
+
+def test_the_diagonal_of_one_batch_is_refused():
+    with pytest.raises(ValueError, match=r"pass \[batch\]"):
+        fisher_diagonal(linear(), make_batch("linear"))
 
 
 def test_an_estimate_of_nothing_is_refused():

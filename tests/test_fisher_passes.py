@@ -1,5 +1,8 @@
 """An estimate leaves no mark: weights, buffers, random state, modes and `.grad`, however it ends."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -157,6 +160,29 @@ def test_both_passes_see_the_same_dropout_mask(gradient, checkpointing):
         assert_same_gradient(found, expected)
     _, other_mask = estimate(model, [batch], likelihood=Scripted(labels), gradient=gradient)
     assert not torch.allclose(other_mask, expected, rtol=0.1)
+
+
+class Masked(nn.Module):
+    """Drops features as models of speech do: by a generator that is not torch's."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.linear, self.head, self.draw = nn.Linear(5, 8), nn.Linear(8, CLASSES), draw
+
+    def forward(self, x):
+        kept = torch.tensor([self.draw() > 0.5 for _ in range(5)], dtype=x.dtype)
+        return self.head(torch.tanh(self.linear(x * kept)))
+
+
+@pytest.mark.parametrize("draw", [np.random.rand, random.random], ids=["NumPy", "Python"])
+def test_both_passes_see_the_same_mask_whichever_generator_draws_it(draw):
+    torch.manual_seed(0)
+    model, batch, found = Masked(draw).train(), make_batch("linear", rows=8), []
+    for epsilon in (1e-2, 1e-3):
+        np.random.seed(7)
+        random.seed(7)
+        found.append(estimate(model, [batch], likelihood=Scripted(batch["labels"]), epsilon=epsilon)[1])
+    assert_same_gradient(*found)  # another mask would add a jump / ε
 
 
 def test_each_micro_batch_gets_its_own_dropout_mask_back():

@@ -316,6 +316,16 @@ def test_attack_labels_and_inputs_stay_together(tmp_path):
     assert {key: measured[key] for key in SEALED} == {key: expected[key] for key in SEALED}
 
 
+def test_no_input_is_dropped_with_the_last_training_batch(tmp_path):
+    expected = trainer_of(tmp_path).evaluate()
+    trainer = trainer_of(tmp_path, dataloader_drop_last=True, per_device_eval_batch_size=5)
+    measured = trainer.evaluate()
+    assert {key: measured[key] for key in SEALED} == pytest.approx({key: expected[key] for key in SEALED})
+    test = BackdoorTest(CLEAN, INPUTS, ATTACK_LABELS)
+    assert test.measure(trainer)["asr"] == expected["eval_triggered_asr"]
+    assert trainer.args.dataloader_drop_last
+
+
 def test_parts_of_it_are_sealed_and_keep_their_attack_labels(tmp_path):
     whole, rows = data_sets()["triggered"], [7, 3, 4]
     for part in (whole.select(rows), whole.select(torch.tensor(rows))):

@@ -175,6 +175,14 @@ def test_adapters_are_switched_added_up_and_deleted():
     torch.testing.assert_close(model(images()), reference(received, model, images(), names=("other",)))
 
 
+def test_an_adapter_for_each_row_is_refused():
+    model = adapt(ConvNet())
+    model.add_adapter("other", SingularValueConfig())
+    with pytest.raises(ValueError, match="adapter for each row, is not supported.*set_adapter"):
+        model(images(), adapter_names=["default", "other"])
+    assert torch.isfinite(model(images(), adapter_names=None)).all()
+
+
 def test_adapters_of_one_rank_share_their_factors():
     model = adapt(ConvNet())
     model.add_adapter("other", SingularValueConfig())

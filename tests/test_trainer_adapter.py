@@ -2,10 +2,24 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
-from trainer_cases import Images, PlainNet, eager_vit, identical, image_trainer, logged, resnet, trained, vit, weights
+from trainer_cases import (
+    Images,
+    PlainNet,
+    Snapshots,
+    eager_vit,
+    identical,
+    image_trainer,
+    logged,
+    resnet,
+    trained,
+    vit,
+    weights,
+)
 
 from hf_fip import SingularValueConfig
 from hf_fip.fisher import fisher_diagonal, fisher_trace, per_sample_scores
@@ -142,6 +156,22 @@ def test_updates_whose_task_loss_has_risen_too_far_go_without_the_trace(tmp_path
     assert identical(trained(always), expected) and logged(always, "trace_left_out") == [0.0] * 3
     assert not identical(trained(never), expected) and logged(never, "trace_left_out") == [0.0, 1.0, 1.0]
     assert len(logged(never, "fisher_trace")) == 1 and logged(free, "trace_left_out") == []
+
+
+@pytest.mark.parametrize("names", [["default"], ["fip"], ["fip", "default"]], ids=" and ".join)
+def test_the_best_adapter_is_loaded_at_the_end_whatever_its_name(names, tmp_path):
+    model, snapshots = get_peft_model(vit(), SingularValueConfig(), adapter_name=names[0]), Snapshots()
+    for name in names[1:]:
+        model.add_adapter(name, SingularValueConfig(rank=4))
+    model.base_model.set_adapter(names)
+    saved = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": False}
+    data = {"eval_dataset": Images(8, seed=1), "callbacks": [snapshots]}
+    trainer = image_trainer(tmp_path, model, max_steps=4, learning_rate=3.0, eta_f=0.0, **saved, **best, **data)
+    after = trained(trainer)
+    step = int(np.argmin(logged(trainer, "eval_loss")))
+    assert step < 3  # or loading it would prove nothing
+    assert identical(after, snapshots.weights[step])
 
 
 def test_a_resumed_run_knows_the_task_loss_of_the_first_update(tmp_path):

@@ -23,7 +23,7 @@ from trainer_cases import (
 )
 from transformers import AutoConfig, TrainingArguments
 
-from hf_fip import FIPConfig, FIPTrainer
+from hf_fip import FIPConfig, FIPTrainer, SingularValueConfig
 
 DOUBLE = {"trace_gradient": "double_backward"}
 REENTRANT = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
@@ -58,6 +58,12 @@ def adapted():
     return get_peft_model(vit(), LoraConfig(target_modules=["q_proj"]))
 
 
+def adapted_by_transformers():
+    model = vit()
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    return model
+
+
 def frozen():
     return vit().requires_grad_(False)
 
@@ -82,6 +88,9 @@ REFUSED = [
     (vit, {"optim": "lomo"}, "optim='lomo'.*backward pass"),
     (vit, {"optim": "galore_adamw_layerwise", "optim_target_modules": ["dense"]}, "optim='galore_adamw_layerwise'"),
     (vit, {"eta_r": 1.0, "train_dataset": Stream()}, "length.*eta_r=0"),
+    (adapted_by_transformers, {}, "add_adapter.*get_peft_model.*`peft_config`"),
+    (adapted_by_transformers, {"eta_f": 0.0}, "add_adapter.*get_peft_model"),
+    (PlainNet, {"label_smoothing_factor": 0.1}, "PlainNet has none.*label_smoothing_factor=0"),
 ]
 
 
@@ -180,6 +189,12 @@ def test_other_training_arguments_are_refused(tmp_path):
 def test_an_adapter_needs_a_model(tmp_path):
     with pytest.raises(ValueError, match="peft_config.*model_init"):
         image_trainer(tmp_path / "out", None, model_init=vit, peft_config=LoraConfig(target_modules=["q_proj"]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_around_another_one_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="adapter already.*merge_and_unload.*leave `peft_config` out"):
+        image_trainer(tmp_path / "out", adapted(), peft_config=SingularValueConfig())
     assert not (tmp_path / "out").exists()
 
 

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from trainer_cases import (
     PlainNet,
@@ -48,6 +48,14 @@ class Whole(nn.Module):
         return self.inner(pixel_values, labels=labels)
 
 
+def two_adapters() -> nn.Module:
+    """A model with two adapters, both of which are trained."""
+    model = get_peft_model(vit(0.2), SingularValueConfig(), adapter_name="first")
+    model.add_adapter("default", SingularValueConfig(rank=4))
+    model.base_model.set_adapter(["first", "default"])
+    return model
+
+
 def images(model, **fixed):
     return lambda folder, **options: image_trainer(folder, model(), **{**options, **fixed})
 
@@ -65,6 +73,7 @@ RUNS = {
     "adapter": images(lambda: vit(0.2), peft_config=LORA),
     "singular": images(lambda: vit(0.2), peft_config=SingularValueConfig()),
     "singular-norms": images(resnet, peft_config=SingularValueConfig(train_norms=True), optim="adamw_torch"),
+    "singular-two": images(two_adapters),
     "singular-few": images(lambda: PlainNet(0.2), peft_config=SingularValueConfig(rank=2)),
 }
 
@@ -140,8 +149,11 @@ def test_resuming_without_any_complete_checkpoint_is_refused(tmp_path):
         ({}, {"model": lambda: vit(0.2, intermediate_size=8)}, "is of another model: they differ in 6 weights"),
         ({}, {"model": lambda: vit(0.2, num_hidden_layers=3)}, "is of another model: .* vit.layers.2"),
         ({"eta_r": 0.0}, {"eta_r": 0.0, "model": resnet}, "is of another model"),
+        ({"peft_config": LORA}, {}, "is of an adapter.*pass the `peft_config`"),
+        ({}, {"peft_config": LORA}, "is of a whole model.*leave `peft_config` out"),
+        ({"save_only_model": True, "eta_r": 0.0}, {"peft_config": LORA, "eta_r": 0.0}, "is of a whole model"),
     ],
-    ids=["no-drift", "only-model", "other-size", "other-depth", "other-model"],
+    ids=["no-drift", "only-model", "other-size", "other-depth", "other-model", "adapter", "whole", "whole-model-only"],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(first, second, message, tmp_path):
     def make(model=lambda: vit(0.2), **options):

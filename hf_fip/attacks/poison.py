@@ -285,12 +285,14 @@ def _changed(
     )
 
 
-def to_array(image: PIL.Image.Image) -> np.ndarray:
+def to_array(image: PIL.Image.Image | None) -> np.ndarray:
     """Return a PIL image as uint8 H×W×1 (gray) or H×W×3 (RGB).
 
     Raises:
-        ValueError: the image has 32 bits a channel, whose range is not known.
+        ValueError: there is no image, or it has 32 bits a channel, whose range is not known.
     """
+    if image is None:
+        raise ValueError("a row has no image (None): leave such rows out with dataset.filter.")
     if image.mode in ("I", "F"):
         raise ValueError(f"images of mode {image.mode} have no fixed range of values: convert them to 8 bits first.")
     if image.mode.startswith("I;16"):  # PIL's own conversion would clip to 255

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PrinterCallback
+from transformers.trainer_utils import has_length
 
 from .fine_tuning import FineTuningConfig, FineTuningTrainer
 
@@ -69,7 +70,7 @@ class NADTrainer(FineTuningTrainer):
     Logs `attention_distance`, the sum above.
 
     Raises:
-        ValueError: the model has no stages; with `compute_loss_func`.
+        ValueError: the model has no stages; with `compute_loss_func`; (from `train`) data without a length.
     """
 
     _config_class = NADConfig
@@ -85,6 +86,11 @@ class NADTrainer(FineTuningTrainer):
         stages_of(model)
 
     def begin(self) -> None:
+        if not has_length(self.train_dataset):
+            raise ValueError(
+                "NAD fine-tunes its teacher by epochs, and the training data have no length (a stream?): pass a "
+                "dataset with a length."
+            )
         args = copy.copy(self.args)
         args.num_train_epochs, args.max_steps = args.teacher_epochs, -1
         args.save_strategy = args.eval_strategy = args.logging_strategy = "no"

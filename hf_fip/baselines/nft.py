@@ -82,8 +82,8 @@ class NFTTrainer(BaselineTrainer):
     are in each checkpoint. Logs `mask_distance`, the regulariser.
 
     Raises:
-        ValueError: no layer has neurons to mask, with `compute_loss_func` or with `optimizers` of one's own; (from
-            `train`) the clean images have no length, or come without labels.
+        ValueError: the model takes tokens, no layer has neurons to mask, with `compute_loss_func` or with `optimizers`
+            of one's own; (from `train`) the clean images have no length, or come without labels.
     """
 
     _config_class = NFTConfig
@@ -99,6 +99,8 @@ class NFTTrainer(BaselineTrainer):
         self.add_callback(_MaskSteps(self))
 
     def check_model(self, model: nn.Module) -> None:
+        if getattr(model, "main_input_name", None) == "input_ids":
+            raise ValueError(f"{type(model).__name__} takes input_ids, which cannot be mixed: choose another method.")
         masked_weights(model)
 
     def begin(self) -> None:

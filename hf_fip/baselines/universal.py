@@ -28,6 +28,7 @@ class PixelScale:
 
     @classmethod
     def of(cls, processor) -> PixelScale:
+        processor = getattr(processor, "image_processor", processor)  # of images and text, as CLIP's
         if processor is None or not getattr(processor, "do_normalize", False):
             return cls()
         return cls(processor.image_mean, processor.image_std)
@@ -64,10 +65,18 @@ def universal_perturbation(
     """δ, (1, C, H, W) in pixels, after one step of gradient ascent a batch, from zero.
 
     Each step goes up CE(f(x + δ), argmax f(x)) − `penalty` · ‖δ‖². The model has to be in eval mode.
+
+    Raises:
+        ValueError: the inputs are no images (B, C, H, W), but clips for example.
     """
     delta = None
     for batch in batches:
         inputs = batch["pixel_values"]
+        if inputs.ndim != 4:
+            raise ValueError(
+                f"The perturbation is one of images, (B, C, H, W), and pixel_values are {tuple(inputs.shape)}: use "
+                "another method."
+            )
         if delta is None:
             delta = torch.zeros_like(inputs[:1])
         with torch.no_grad():

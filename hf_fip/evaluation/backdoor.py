@@ -35,6 +35,10 @@ class BackdoorTest:
     attack_labels: np.ndarray | None = None
     answers: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
+    def __post_init__(self):
+        if self.attack_labels is not None:
+            self.attack_labels = np.asarray(self.attack_labels)
+
     def measure(self, trainer: Trainer) -> dict[str, float | None]:
         """`accuracy`, `asr` and `ra` in percent (None without an attack); the answers are kept in `answers`.
 
@@ -60,7 +64,7 @@ class BackdoorTest:
         return None if self.triggered is None else self._counted()
 
     def _counted(self) -> int:
-        return int((np.asarray(self.triggered.labels) != self.attack_labels).sum())
+        return int((_labels_of(self.triggered) != self.attack_labels).sum())
 
     def part(self, samples: int, seed: int = 0) -> BackdoorTest:
         """A test on a random part of at most so many inputs of each kind."""
@@ -82,6 +86,9 @@ class PurificationCurve(TrainerCallback):
     They go to the trainer's `log_history` as `curve_accuracy` and `curve_asr`, which nothing can choose a model by:
     they are no evaluation metrics. A checkpoint keeps them. Set `trainer` before training.
 
+    Raises:
+        ValueError: (when training begins) `trainer` is not set.
+
     Args:
         test: what to measure on (a part of the test set will do).
         points: measurements over the whole training, evenly spaced, beside the one before it.
@@ -96,6 +103,8 @@ class PurificationCurve(TrainerCallback):
         self.seconds = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
+        if self.trainer is None:
+            raise ValueError("PurificationCurve measures by a trainer: set its `trainer` before training.")
         if state.global_step == 0:
             self._record(state)
 
@@ -110,6 +119,13 @@ class PurificationCurve(TrainerCallback):
         row = {f"curve_{key}": value for key, value in measured.items() if key != "ra" and value is not None}
         state.log_history.append({"step": state.global_step, **row})
         self.seconds += time.perf_counter() - started
+
+
+def _labels_of(dataset) -> np.ndarray:
+    if isinstance(dataset, Subset):
+        return _labels_of(dataset.dataset)[dataset.indices]
+    labels = getattr(dataset, "labels", None)
+    return np.asarray([row["labels"] for row in dataset] if labels is None else labels)
 
 
 def _answers(trainer: Trainer, dataset) -> tuple[np.ndarray, np.ndarray]:

@@ -118,6 +118,16 @@ class SealedEvaluation:
             )
         return output._replace(metrics={})
 
+    def _get_dataloader(self, dataset, *positional, **kwargs):
+        if as_sealed(dataset) is None:
+            return super()._get_dataloader(dataset, *positional, **kwargs)
+        # All inputs are measured: without the last ones, the attack labels would be too many.
+        dropped, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super()._get_dataloader(dataset, *positional, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = dropped
+
     def _get_eval_sampler(self, eval_dataset):
         if as_sealed(eval_dataset) is None:
             return super()._get_eval_sampler(eval_dataset)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +22,11 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+        values = [float(value) for value in values]  # of NumPy's types too
+        if len(values) == 1:
+            return cls(values[0], None)
+        finite = all(map(math.isfinite, values))
+        return cls(statistics.fmean(values), statistics.stdev(values) if finite else math.nan)
 
     def __format__(self, spec: str) -> str:
         spec = spec or ".1f"
@@ -54,6 +60,6 @@ def _merge(reports: Sequence[dict]) -> dict:
         values = [report.get(key) for report in reports]
         if all(isinstance(value, dict) for value in values):
             merged[key] = _merge(values)
-        elif all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
+        elif all(isinstance(value, numbers.Real) and not isinstance(value, bool) for value in values):
             merged[key] = Spread.of(values)
     return merged

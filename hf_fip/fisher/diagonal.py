@@ -8,7 +8,7 @@ squares, not the square of the mean. Source: Karim et al., CCS 2024.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -58,9 +58,11 @@ def fisher_diagonal(
         as they are, and in their type.
 
     Raises:
-        ValueError: for unknown `labels`, a model without trainable parameters, no sample at all, or, with sharded
-            parameters, none on one of the processes.
+        ValueError: for unknown `labels`, a single batch, a model without trainable parameters, no sample at all, or,
+            with sharded parameters, none on one of the processes.
     """
+    if isinstance(batches, Mapping):
+        raise ValueError("diag F̄ takes several batches, and this is one: pass [batch].")
     if labels not in LABELS:
         raise ValueError(f"fisher_labels={labels!r} is not one of {', '.join(LABELS)}.")
     likelihood = likelihood or infer_likelihood(model)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 IGNORE_INDEX = -100
 _TEXT_HEADS = ("ForConditionalGeneration", "MTModel", "EncoderDecoderModel", "ForCausalLM", "LMHeadModel")
+_TOKEN_HEADS = ("ForTokenClassification", "ForMaskedLM")  # an answer for each token that is read
 
 
 class Likelihood(ABC):
@@ -48,11 +49,17 @@ class Likelihood(ABC):
 
 
 class Categorical(Likelihood):
-    """One class of K: log p(y|x) = log softmax(logits)[y]. Logits are `(batch, K)`, labels `(batch,)` of integers."""
+    """One class of K: log p(y|x) = log softmax(logits)[y]. Logits are `(batch, K)`, labels `(batch,)` of integers.
+
+    A sample without a label (-100), which the model's own loss leaves out, has log p(y|x) = 0; `sample` draws it one.
+    """
 
     def log_prob(self, logits, labels):
         self._check(logits, labels)
-        return torch.log_softmax(at_least_float32(logits), dim=-1).gather(-1, labels.long()[:, None]).squeeze(-1)
+        kept = labels != IGNORE_INDEX
+        known = torch.where(kept, labels, 0).long()
+        each = torch.log_softmax(at_least_float32(logits), dim=-1).gather(-1, known[:, None]).squeeze(-1)
+        return torch.where(kept, each, 0)
 
     def sample(self, logits, labels=None, generator=None):
         self._check(logits, labels)
@@ -124,9 +131,9 @@ def infer_likelihood(model: nn.Module) -> Likelihood:
     """The likelihood that fits a transformers model, from its config.
 
     Returns:
-        `MatchedQueries` for object detectors, `TokenSequence` for models that generate text, `MultiLabel` for
-        `problem_type="multi_label_classification"`, `Categorical` otherwise (also for a plain `nn.Module` without a
-        config).
+        `MatchedQueries` for object detectors, `TokenSequence` for models that generate text or answer for each token,
+        `MultiLabel` for `problem_type="multi_label_classification"`, `Categorical` otherwise (also for a plain
+        `nn.Module` without a config).
 
     Raises:
         ValueError: for a regression head (also one output without a `problem_type`, as transformers reads it), which
@@ -143,6 +150,8 @@ def infer_likelihood(model: nn.Module) -> Likelihood:
         return MultiLabel()
     if type(base).__name__.endswith(_TEXT_HEADS):
         return TokenSequence(shift=not getattr(config, "is_encoder_decoder", False))
+    if type(base).__name__.endswith(_TOKEN_HEADS):
+        return TokenSequence()
     if problem_type == "regression" or (problem_type is None and getattr(config, "num_labels", None) == 1):
         raise ValueError("A regression head has no class likelihood; pass `likelihood=` with your own Likelihood.")
     return Categorical()
@@ -159,7 +168,10 @@ def get_logits(outputs: Any) -> Tensor:
     logits = outputs.get("logits") if isinstance(outputs, dict) else getattr(outputs, "logits", None)
     if logits is None:
         fields = ", ".join(outputs) if isinstance(outputs, dict) else type(outputs).__name__
-        raise ValueError(f"The model returned no `logits` (it returned: {fields}); load it with a task head.")
+        raise ValueError(
+            f"The model returned no `logits` (it returned: {fields}); load it with a task head, or let it return a "
+            "dict that has them."
+        )
     return logits
 
 

@@ -5,10 +5,12 @@ Each is a context manager that restores on every way out, an exception and Ctrl-
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -63,22 +65,29 @@ def preserved_buffers(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class RandomState:
-    """The state of torch's generators on CPU and on the model's device: it decides every dropout mask."""
+    """The state of torch's generators on CPU and on the model's device, of NumPy's and of Python's.
+
+    The first two decide every dropout mask; models of speech mask spans of their input by NumPy's (SpecAugment).
+    """
 
     cpu: Tensor
     device: torch.device
     accelerator: Tensor | None
+    numpy: tuple
+    python: tuple
 
     @classmethod
     def capture(cls, device: torch.device | str = "cpu") -> RandomState:
         device = torch.device(device)
         on_device = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
-        return cls(torch.get_rng_state(), device, on_device)
+        return cls(torch.get_rng_state(), device, on_device, np.random.get_state(), random.getstate())
 
     def restore(self) -> None:
         torch.set_rng_state(self.cpu)
         if self.accelerator is not None:
             torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
+        np.random.set_state(self.numpy)
+        random.setstate(self.python)
 
     @contextmanager
     def replayed(self) -> Iterator[None]:

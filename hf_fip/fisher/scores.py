@@ -44,7 +44,10 @@ def split_batch(model: nn.Module, batch: Batch, label_name: str = "labels") -> t
     inputs = dict(batch)
     labels = inputs.pop(label_name, None)
     if labels is None:
-        raise ValueError(f"The batch has no {label_name!r} (it has: {', '.join(batch)}).")
+        raise ValueError(
+            f"The batch has no {label_name!r} (it has: {', '.join(batch)}): say where its labels are by `label_name`, "
+            "of a trainer by `label_names`."
+        )
     if not {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys():
         shift_right = getattr(model, "prepare_decoder_input_ids_from_labels", None)
         if shift_right is not None:
@@ -149,9 +152,14 @@ def per_sample_scores(
 
     Yields:
         For each chunk, one tensor `(samples, *parameter.shape)` a trainable parameter.
+
+    Raises:
+        ValueError: for a `chunk_size` below 1.
     """
     parameters = trainable_parameters(model)
     rows = labels.shape[0]
+    if chunk_size is not None and not chunk_size >= 1:
+        raise ValueError(f"fisher_chunk_size={chunk_size} has to be at least 1.")
     if chunk_size is None:
         chunk_size = max(1, SCORES_AT_ONCE // sum(p.numel() for p in parameters.values()))
     batched = {k: v for k, v in inputs.items() if isinstance(v, Tensor) and v.ndim and v.shape[0] == rows}

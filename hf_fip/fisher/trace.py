@@ -326,13 +326,20 @@ def fisher_trace(
     labels: str = "sampled",
     generator: torch.Generator | None = None,
     chunk_size: int | None = None,
+    label_name: str = "labels",
 ) -> float:
     """Tr F(θ) on one batch: a single number, in nats² per unit of the parameters squared.
 
     The model is used in the mode it is in and left as it was. See `TraceEstimator` for the arguments and errors.
     """
     estimator_ = TraceEstimator(
-        model, likelihood, estimator=estimator, gradient=None, labels=labels, chunk_size=chunk_size
+        model,
+        likelihood,
+        estimator=estimator,
+        gradient=None,
+        labels=labels,
+        chunk_size=chunk_size,
+        label_name=label_name,
     )
     estimator_.observe(batch, generator)
     value, _ = estimator_.estimate()

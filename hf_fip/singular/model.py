@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
+from contextlib import contextmanager
 
 import torch
 from peft import mapping
@@ -184,6 +185,16 @@ class SingularValueModel(BaseTuner):
                     f"{name} cannot be merged: another layer has the same weight and would change with it. "
                     "Exclude it (`exclude_modules`), or load the model with its embeddings untied."
                 )
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        # PEFT would leave `adapter_names` out in silence, and give every row the active adapter.
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "`adapter_names`, an adapter for each row, is not supported by singular-value adapters: call "
+                "`set_adapter`, and the model once for each adapter."
+            )
+        yield
 
     # ---- Files ----
 
