@@ -185,7 +185,7 @@ CASES = {
     "both-terms": (PlainNet, {"eta_r": 0.1}),
     "adamw": (vit, {"optim": "adamw_torch", "optim_args": None, "learning_rate": 0.01}),
     "adapter": (vit, {"peft_config": LORA, "learning_rate": 0.25, "eta_f": 30.0}),
-    "singular": (vit, {"peft_config": SingularValueConfig(), "learning_rate": 0.3}),
+    "singular": (vit, {"peft_config": SingularValueConfig(train_norms=True), "learning_rate": 0.3}),
     "loss-scale": (vit, {"max_grad_norm": 0.0, "eta_f": 1.0}),
 }
 
