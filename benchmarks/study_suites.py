@@ -19,7 +19,8 @@ SEEDS = (1, 2, 3)
 RELEASED_WEIGHTS = (0.5, 0.005)  # the released default, and what its author advises
 RATES = (0.01, 0.05, 0.2)  # of plain fine-tuning with its own learning rate
 ETAS_F, PAPER_ETAS_F, ETAS_R = (0.0, 0.3, 1.0), (0.001, 0.01), (0.1, 1.0, 10.0)  # beside the defaults
-TAKEN_OTHERWISE = {"fisher_labels": "empirical", "trace_interval": 1, "eta_f_schedule": "constant"}  # the trace
+CLEAN_LABELS = {"fisher_labels": "empirical", "trace_estimator": "signed_sum"}  # the default one is of sampled labels
+TAKEN_OTHERWISE = (CLEAN_LABELS, {"trace_interval": 1}, {"eta_f_schedule": "constant"})  # the trace
 DISTURBED = ("ft", "ft_sam", "nad", "fst")  # baselines that are also given FIP's disturbances
 OWN_RATE = "fine-tuning, own rate"
 # BackdoorBench's configuration of NAD; its program makes 10 epochs, which are a few updates on so few images.
@@ -164,7 +165,7 @@ def digits_ablation(places: Places) -> list[Cell]:
     paper = {"trace_form": "trace", "eta_f_schedule": "constant"}
     changes = [{}, *({"eta_f": value} for value in ETAS_F), *({"eta_f": value, **paper} for value in PAPER_ETAS_F)]
     changes += [{"eta_r": value} for value in ETAS_R]
-    changes += [{"eta_f": ETAS_F[-1], name: value} for name, value in TAKEN_OTHERWISE.items()]
+    changes += [{"eta_f": ETAS_F[-1], **otherwise} for otherwise in TAKEN_OTHERWISE]
     return [
         Cell(Victim(DIGITS, family, attack, seed, DIGITS_ATTACKS[attack]), method)
         for family in ("resnet", "vit")
