@@ -40,7 +40,7 @@ from ..tasks.data import LabelledImages, split_clean
 from ..tasks.image_classification import PixelDataset, load_image_classifier, match_labels
 from .arguments import AttackArguments, HelpFormatter, Parser, check_least
 from .images import ImageData, channels_of, images_of, reading
-from .recorded import attack_of, recorded_split, report_in, take_data_of, victim_of
+from .recorded import attack_of, report_in, split_behind, take_data_of, victim_of
 from .run_folder import RunFolder, write_json
 from .terminal import print_whole, say
 
@@ -110,7 +110,7 @@ def analyze_curvature(
     for one in models.values():
         take_data_of(one, arguments.model_revision, data)
     source = arguments.vs or victim_of(report_in(place), place)
-    recorded = recorded_split(source)
+    recorded = split_behind(source)
     split_seed = next(s for s in (data.split_seed, recorded and recorded["seed"], arguments.seed) if s is not None)
     images = images_of(data, split_seed)
     attack = attack_of(attack_arguments, source, len(images.class_names))

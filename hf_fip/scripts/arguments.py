@@ -328,6 +328,11 @@ class Parser(HfArgumentParser):
         raise ValueError(f"{message} (--help lists all arguments)")
 
 
+def word_parser(description: str) -> Parser:
+    """The parser of a word whose few arguments are no dataclasses."""
+    return Parser((), description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
 def chosen(argument: str) -> str | None:
     """What the command line gives an argument on which the other arguments depend; None when it does not say."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -5,19 +5,18 @@ python recipes/compare_runs.py outputs/purify_vit outputs/purify_vit_fast
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
 from ..evaluation.metrics import METRICS
 from ..hub.card import REPORT_NAME
-from .arguments import Parser
+from .arguments import word_parser
 from .terminal import file_size, print_whole, say
 
 
 def main() -> None:
     """`recipes/compare_runs.py`."""
-    parser = Parser((), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = word_parser(__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="output folders of purify recipes")
     reports = {folder: _report_of(folder) for folder in parser.parse_args().folders}
     _warn_of_other_victims(reports)

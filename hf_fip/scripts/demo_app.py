@@ -10,7 +10,6 @@ models say. Below are the figures and the pictures of the purification. The page
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from ..tasks.data import load_images
 from ..tasks.image_classification import load_image_classifier, match_labels
 from ..tasks.pairs import SOURCE, load_pairs
 from ..tasks.seq2seq import load_seq2seq
-from .arguments import Parser
+from .arguments import Parser, word_parser
 from .images import ImageTask
 from .recorded import attack_folder, attack_of
 from .sentences import TextTask
@@ -83,8 +82,8 @@ def contents(purified: str, victim: str | None = None, dataset_name: str | None 
     return {"pair": pair, "samples": samples, "report": report, "plots": sorted((folder / "plots").glob("*.png"))}
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser((), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parser() -> Parser:
+    parser = word_parser(__doc__)
     parser.add_argument(
         "model_name_or_path",
         nargs="?",

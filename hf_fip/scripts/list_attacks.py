@@ -6,18 +6,17 @@ hf-fip attacks wanet
 
 from __future__ import annotations
 
-import argparse
 import inspect
 from dataclasses import fields
 
 from ..attacks import BaseAttack, attack_class, attack_names, input_kinds
-from .arguments import Parser
+from .arguments import word_parser
 from .terminal import print_whole
 
 
 def main() -> None:
     """`hf-fip attacks`."""
-    parser = Parser((), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = word_parser(__doc__)
     parser.add_argument("name", nargs="?", help="tell all about this one")
     name = parser.parse_args().name
     if name is None:

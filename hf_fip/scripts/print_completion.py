@@ -6,14 +6,13 @@ hf-fip completion zsh >> ~/.zshrc
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import io
 import re
 import sys
 from contextlib import redirect_stdout, suppress
 
-from .arguments import Parser
+from .arguments import word_parser
 from .tasks import DEFAULT, TASKS
 
 _SCRIPT = """\
@@ -35,7 +34,7 @@ complete -o filenames -F _hf_fip hf-fip
 
 def main() -> None:
     """`hf-fip completion`."""
-    parser = Parser((), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = word_parser(__doc__)
     parser.add_argument("shell", choices=("bash", "zsh"))
     shell = parser.parse_args().shell
     from ..cli import COMMANDS

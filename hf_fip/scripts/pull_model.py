@@ -6,17 +6,16 @@ hf-fip pull someone/purified-model --revision v2 --output_dir outputs/theirs
 
 from __future__ import annotations
 
-import argparse
 import json
 
 from ..hub.push import pull
-from .arguments import Parser
+from .arguments import word_parser
 from .terminal import say
 
 
 def main() -> None:
     """`hf-fip pull`."""
-    parser = Parser((), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = word_parser(__doc__)
     parser.add_argument("repo_id", metavar="REPO", help="id of the repository")
     parser.add_argument("--output_dir", help="where to; default: the name of the repository, here")
     parser.add_argument("--revision", help="branch, tag or commit; default: main")

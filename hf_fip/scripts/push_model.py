@@ -9,17 +9,16 @@ hf-fip push outputs/fast_fip someone/adapter --base_model someone/received-model
 
 from __future__ import annotations
 
-import argparse
 import json
 
 from ..hub.push import push_folder
-from .arguments import Parser
+from .arguments import word_parser
 from .terminal import say
 
 
 def main() -> None:
     """`hf-fip push`."""
-    parser = Parser((), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = word_parser(__doc__)
     parser.add_argument("folder", metavar="FOLDER", help="what a purification left")
     parser.add_argument("repo_id", metavar="REPO", help="id of the repository, name or owner/name")
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")

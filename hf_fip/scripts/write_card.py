@@ -6,18 +6,17 @@ hf-fip card outputs/fip --to model_cards/digits_vit_fip      (card, report and p
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from pathlib import Path
 
 from ..hub.card import CARD_NAME, HERE, REPORT_NAME, card_of
-from .arguments import Parser
+from .arguments import word_parser
 from .terminal import say
 
 
 def main() -> None:
     """`hf-fip card`."""
-    parser = Parser((), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = word_parser(__doc__)
     parser.add_argument("folders", nargs="+", metavar="FOLDER", type=Path, help="what a purification left")
     parser.add_argument(
         "--to", type=Path, metavar="PLACE", help="write there, with report and plots, and not in FOLDER"
